@@ -1,0 +1,28 @@
+select
+    'source_name'::text as source_name,
+    d.dead_letter_id,
+    d.feed,
+    d._dlt_load_id as load_id,
+    d._stream_id as stream_id,
+    s.name as stream_name,
+    d._kafka_partition as kafka_partition,
+    d._kafka_offset as kafka_offset,
+    d._api_window_from as api_window_from,
+    d._api_window_to as api_window_to,
+    d._api_page as api_page,
+    d._api_item as api_item,
+    d.source_time,
+    d.failed_at,
+    d.reason,
+    d.path,
+    d.message,
+    d.raw_key,
+    d.raw_value,
+    d.headers,
+    d.contract_version,
+    d.loader_version,
+    d.attempts,
+    d.status
+from raw_schema._dead_letters as d
+inner join raw_schema._streams as s on d._stream_id = s.stream_id
+where d._dlt_load_id in (select load_id from raw_schema._dlt_loads)
