@@ -14,7 +14,7 @@ import psycopg2.extensions
 from psycopg2 import sql
 
 from ingestion.errors import ConfigurationError
-from ingestion.feeds import FeedSpec, KafkaOrigin
+from ingestion.feeds import FeedSpec, KafkaOrigin, RestOrigin
 
 Connection = psycopg2.extensions.connection
 
@@ -158,6 +158,12 @@ def _ensure_raw_table(cursor: psycopg2.extensions.cursor, feed: FeedSpec) -> Non
                 sql.Identifier(f"{feed.table}__load"), table
             )
         )
+        if isinstance(feed.origin, RestOrigin):
+            # A window is asked for again: each of its records is looked up.
+            key = sql.SQL(", ").join(map(sql.Identifier, feed.origin.key))
+            cursor.execute(
+                sql.SQL("create index {} on {} ({})").format(sql.Identifier(f"{feed.table}__key"), table, key)
+            )
         return
     for name, type_, _ in columns:
         if name not in existing:

@@ -29,6 +29,15 @@ create table if not exists raw_schema._writers (
     acquired_at timestamptz not null
 );
 
+-- Loads noted before their first row: the next writer removes what those left that never committed.
+create table if not exists raw_schema._loads_begun (
+    load_id text primary key,
+    feed text not null,
+    writer_token bigint not null,
+    begun_at timestamptz not null default now(),
+    swept_at timestamptz
+);
+
 create index if not exists _ledger__load on raw_schema._ledger (_dlt_load_id);
 create index if not exists _ledger__position on raw_schema._ledger (stream_id, partition, last_position desc);
 create index if not exists _dead_letters__load on raw_schema._dead_letters (_dlt_load_id);

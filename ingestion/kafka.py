@@ -1,0 +1,271 @@
+"""Reading a Kafka topic: the warehouse's own positions, a bounded run, no consumer group.
+
+A run reads each partition from its committed position to the end offset it saw at the start, and stops there. Before a
+row is read the positions are compared with the log and the topic's identity, so that lost records are named, never
+skipped.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from confluent_kafka import (
+    Consumer,
+    IsolationLevel,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicCollection,
+    TopicPartition,
+)
+from confluent_kafka.admin import AdminClient, OffsetSpec
+
+from ingestion.errors import (
+    AuthenticationError,
+    ConfigurationError,
+    SourceLossError,
+    TransientError,
+    WarehouseError,
+)
+from ingestion.feeds import FeedSpec, KafkaOrigin
+from ingestion.settings import Settings
+
+REQUEST_TIMEOUT_S = 15.0
+# A broker that sends nothing for this long while records are due is an outage.
+STALL_TIMEOUT_S = 60.0
+MESSAGES_PER_CALL = 20_000
+
+PASSED_ON = {
+    "KAFKA_SECURITY_PROTOCOL": "security.protocol",
+    "KAFKA_SASL_MECHANISM": "sasl.mechanism",
+    "KAFKA_SASL_USERNAME": "sasl.username",
+    "KAFKA_SASL_PASSWORD": "sasl.password",
+    "KAFKA_SSL_CA_LOCATION": "ssl.ca.location",
+}
+
+
+@dataclass(frozen=True)
+class Topic:
+    """What the broker says of a topic now: identity, and per partition (start, end) of the log."""
+
+    cluster: str
+    incarnation: str
+    bounds: Mapping[int, tuple[int, int]]
+
+
+def client_config(settings: Settings) -> dict[str, Any]:
+    """librdkafka's settings for the configured broker."""
+    config: dict[str, Any] = {
+        "bootstrap.servers": settings.require("KAFKA_BOOTSTRAP_SERVERS", "Kafka feeds need a broker"),
+        "client.id": "payments-warehouse",
+        "broker.address.family": "v4" if "127.0.0.1" in (settings.kafka_bootstrap or "") else "any",
+        "log_level": 0,
+    }
+    for setting, name in PASSED_ON.items():
+        value = settings.get(setting)
+        if value is not None:
+            config[name] = value
+    return config
+
+
+class TopicReader:
+    """One topic, read once from given positions to the ends seen at the start."""
+
+    def __init__(self, settings: Settings, feed: FeedSpec) -> None:
+        assert isinstance(feed.origin, KafkaOrigin)
+        self.feed = feed
+        self.topic = feed.origin.topic
+        self._settings = settings
+        self._fatal: KafkaError | None = None
+        self._config = {
+            **client_config(settings),
+            "group.id": "payments-warehouse-never-joined",
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+            "auto.offset.reset": "error",
+            "isolation.level": "read_committed",
+            "enable.partition.eof": True,
+            "fetch.queue.backoff.ms": 10,
+            "queued.max.messages.kbytes": 65_536,
+            "fetch.message.max.bytes": 8_388_608,
+            "error_cb": self._on_error,
+        }
+        self._consumer: Consumer | None = None
+
+    def _on_error(self, error: KafkaError) -> None:
+        if error.code() in (KafkaError._AUTHENTICATION, KafkaError._SSL):
+            self._fatal = error
+
+    def close(self) -> None:
+        if self._consumer is not None:
+            self._consumer.close()
+
+    def fetch_topic(self) -> Topic:
+        """Ask the broker who it is, which incarnation of the topic it holds, and where each log starts and ends."""
+        try:
+            self._consumer = self._consumer or Consumer(self._config)
+            metadata = self._consumer.list_topics(self.topic, timeout=REQUEST_TIMEOUT_S)
+        except KafkaException as error:
+            raise self._classify(error.args[0]) from None
+        topic = metadata.topics[self.topic]
+        if topic.error is not None:
+            raise self._classify(topic.error)
+        admin = AdminClient({**client_config(self._settings), "error_cb": self._on_error})
+        cluster = self._settings.get("KAFKA_CLUSTER_INCARNATION") or metadata.cluster_id or ""
+        partitions = sorted(topic.partitions)
+        return Topic(cluster, self._topic_id(admin), self._fetch_bounds(admin, partitions))
+
+    def _topic_id(self, admin: AdminClient) -> str:
+        if "kafka" in self._settings.embedded:
+            return ""  # librdkafka's mock gives a topic no id; the cluster's own is new with every start
+        described = admin.describe_topics(TopicCollection([self.topic]), request_timeout=REQUEST_TIMEOUT_S)
+        try:
+            return str(described[self.topic].result().topic_id)
+        except KafkaException as error:
+            if error.args[0].code() in (KafkaError._UNSUPPORTED_FEATURE, KafkaError.UNSUPPORTED_VERSION):
+                return ""  # brokers before 2.8
+            raise self._classify(error.args[0]) from None
+
+    def _fetch_bounds(self, admin: AdminClient, partitions: list[int]) -> dict[int, tuple[int, int]]:
+        starts = self._list_offsets(admin, partitions, OffsetSpec.earliest())
+        ends = self._list_offsets(admin, partitions, OffsetSpec.latest())
+        return {partition: (starts[partition], ends[partition]) for partition in partitions}
+
+    def _list_offsets(self, admin: AdminClient, partitions: list[int], spec: OffsetSpec) -> dict[int, int]:
+        futures = admin.list_offsets(
+            {TopicPartition(self.topic, partition): spec for partition in partitions},
+            # The end of what is committed: records of an open transaction are not offered yet.
+            isolation_level=IsolationLevel.READ_COMMITTED,
+            request_timeout=REQUEST_TIMEOUT_S,
+        )
+        try:
+            return {place.partition: future.result().offset for place, future in futures.items()}
+        except KafkaException as error:
+            raise self._classify(error.args[0]) from None
+
+    def guard_positions(self, topic: Topic, positions: Mapping[int, int]) -> None:
+        """Refuse to read on where the log no longer holds what comes next.
+
+        Raises:
+            SourceLossError: the message names partition and offsets.
+        """
+        for partition, position in sorted(positions.items()):
+            if partition not in topic.bounds:
+                raise SourceLossError(
+                    f"{self.feed.name}: partition {partition} of {self.topic} is gone; it was read up to {position}.",
+                    hint="A topic cannot lose partitions: was it re-created, or is this another cluster?",
+                )
+            start, end = topic.bounds[partition]
+            if position < start:
+                raise SourceLossError(
+                    f"{self.feed.name}: {self.topic} partition {partition} lost offsets {position} to {start - 1} "
+                    "before they were read (retention).",
+                    hint="Raise the topic's retention above the time between runs.",
+                )
+            if position > end:
+                raise SourceLossError(
+                    f"{self.feed.name}: {self.topic} partition {partition} ends at {end}, and was read up to "
+                    f"{position}.",
+                    hint="The log was cut or the topic re-created: compare the topic with the ledger.",
+                )
+
+    def read(self, topic: Topic, positions: Mapping[int, int]) -> Iterator[list[Message]]:
+        """Messages from the positions to the ends, in batches; each partition in offset order.
+
+        Yields messages only (no events); partitions without a position are read from their start. After the
+        iterator ends every partition was read to its end.
+        """
+        assert self._consumer is not None, "fetch_topic comes first"
+        consumer = self._consumer
+        due = {
+            partition: end for partition, (start, end) in topic.bounds.items() if positions.get(partition, start) < end
+        }
+        consumer.assign(
+            [
+                TopicPartition(self.topic, partition, positions.get(partition, topic.bounds[partition][0]))
+                for partition in due
+            ]
+        )
+        last_progress = time.monotonic()
+        while due:
+            events = consumer.consume(MESSAGES_PER_CALL, 0.05)
+            if self._fatal is not None:
+                raise self._classify(self._fatal)
+            batch: list[Message] = []
+            for event in events:
+                partition = event.partition()
+                error = event.error()
+                if error is not None:
+                    if error.code() == KafkaError._PARTITION_EOF:
+                        if partition in due and event.offset() >= due[partition]:
+                            del due[partition]
+                    elif not self._is_passing(error):
+                        raise self._classify(error)
+                    continue
+                end = due.get(partition)
+                if end is None:
+                    continue
+                offset = event.offset()
+                if offset < end:
+                    batch.append(event)
+                if offset >= end - 1:
+                    del due[partition]
+                    consumer.incremental_unassign([TopicPartition(self.topic, partition)])
+            if batch or not due:
+                last_progress = time.monotonic()
+            elif time.monotonic() - last_progress > STALL_TIMEOUT_S:
+                raise TransientError(
+                    f"{self.feed.name}: the broker has sent nothing of {self.topic} for {STALL_TIMEOUT_S:.0f} s; "
+                    f"partitions {sorted(due)} are not read to their end.",
+                    hint="Is the broker up? `warehouse doctor` checks. What was committed stays.",
+                )
+            if batch:
+                yield batch
+        consumer.unassign()
+
+    @staticmethod
+    def _is_passing(error: KafkaError) -> bool:
+        """Errors librdkafka recovers from by itself; a stall ends the wait."""
+        return bool(error.retriable()) or error.code() in (
+            KafkaError._TRANSPORT,
+            KafkaError._ALL_BROKERS_DOWN,
+            KafkaError._TIMED_OUT,
+            KafkaError.LEADER_NOT_AVAILABLE,
+            KafkaError.NOT_LEADER_FOR_PARTITION,
+        )
+
+    def _classify(self, error: KafkaError) -> WarehouseError:
+        broker = self._settings.kafka_bootstrap
+        if self._fatal is not None:
+            error = self._fatal
+        code = error.code()
+        if code in (KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART):
+            return ConfigurationError(
+                f"{self.feed.name}: the broker at {broker} has no topic {self.topic}.",
+                hint=f"Create the topic, or correct it in {self.feed.file}:{self.feed.line}.",
+            )
+        if code in (
+            KafkaError._AUTHENTICATION,
+            KafkaError._SSL,
+            KafkaError.TOPIC_AUTHORIZATION_FAILED,
+            KafkaError.SASL_AUTHENTICATION_FAILED,
+            KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+        ):
+            return AuthenticationError(
+                f"{self.feed.name}: the broker at {broker} refused us for {self.topic} ({error.name()}).",
+                hint="Check KAFKA_SECURITY_PROTOCOL and the KAFKA_SASL_ and KAFKA_SSL_ settings.",
+            )
+        if code in (KafkaError.OFFSET_OUT_OF_RANGE, KafkaError._AUTO_OFFSET_RESET):
+            return SourceLossError(
+                f"{self.feed.name}: {self.topic} lost records while they were being read (retention).",
+                hint="Run again: the positions are compared with the log and the loss is named.",
+            )
+        if code == KafkaError._INVALID_ARG:
+            return ConfigurationError(
+                f"{self.feed.name}: a KAFKA_ setting is not valid: {error.str()}", hint="See .env.example."
+            )
+        return TransientError(
+            f"{self.feed.name}: the broker at {broker} does not answer for {self.topic} ({error.name()}).",
+            hint="Is it up and reachable? `warehouse doctor` checks.",
+        )

@@ -1,0 +1,391 @@
+"""Landing one feed: source -> decoded against the contract -> raw table, dead letters and ledger, load by load.
+
+    lock the feed -> sweep what never committed -> compare positions with the source -> read, decode, commit, repeat
+
+What was offered is, after every commit, landed, dead-lettered, or counted as tombstone, unchanged or lost. A run that
+dies leaves nothing true: the next one sweeps and reads on from the last commit. Run alone:
+`warehouse ingest raw_payments.transaction_created`.
+"""
+
+import datetime as dt
+import hashlib
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Message
+from psycopg2 import sql
+
+from ingestion import ledger
+from ingestion.contract import Contract, Rejection, Row
+from ingestion.database import connect
+from ingestion.ddl import ensure_schema
+from ingestion.errors import SourceLossError
+from ingestion.feeds import FeedSpec, KafkaOrigin
+from ingestion.kafka import Topic, TopicReader
+from ingestion.ledger import Connection, Stream, Writer
+from ingestion.package import Interval, Package, cell, commit_package, headers_json, open_pipeline
+from ingestion.rest import EndpointReader, Page, plan_windows
+from ingestion.settings import Settings
+
+# Records read into one load. Bounds what a killed run repeats and the disk the CSV files take, not the memory.
+RECORDS_PER_LOAD = 500_000
+
+# (records read so far, records due or None when the source cannot say)
+Progress = Callable[[int, int | None], None]
+
+
+@dataclass
+class Landing:
+    """What one run did to one feed. offered = landed + dead + tombstones + unchanged."""
+
+    feed: str
+    landed: int = 0
+    dead: int = 0
+    tombstones: int = 0
+    unchanged: int = 0
+    control: int = 0
+    lost: int = 0
+    drifted: int = 0
+    loads: list[str] = field(default_factory=list)
+    swept: list[str] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+    @property
+    def offered(self) -> int:
+        return self.landed + self.dead + self.tombstones + self.unchanged
+
+    def add(self, package: Package) -> None:
+        """Count a committed package."""
+        self.loads.append(package.load_id)
+        for interval in package.intervals:
+            for name in ("landed", "dead", "tombstones", "unchanged", "control", "lost", "drifted"):
+                setattr(self, name, getattr(self, name) + getattr(interval, name))
+
+
+def land_feed(
+    settings: Settings,
+    feed: FeedSpec,
+    *,
+    progress: Progress = lambda done, due: None,
+    records_per_load: int = RECORDS_PER_LOAD,
+) -> Landing:
+    """Read everything the source offers now and land it.
+
+    Raises:
+        FeedBusyError, SourceLossError, TransientError, ConfigurationError, AuthenticationError: the loads committed
+            before stay; nothing else is true.
+    """
+    started = time.monotonic()
+    connection = connect(settings, purpose=f"ingest {feed.name}")
+    landing = Landing(feed.name)
+    try:
+        ensure_schema(connection, [feed])
+        with ledger.writing(connection, feed) as writer:
+            landing.swept = ledger.sweep(connection, feed)
+            if isinstance(feed.origin, KafkaOrigin):
+                _land_topic(settings, connection, writer, landing, progress, records_per_load)
+            else:
+                _land_endpoint(settings, connection, writer, landing, progress)
+            if landing.loads:
+                _analyze(connection, feed)
+    finally:
+        connection.close()
+        landing.seconds = time.monotonic() - started
+    return landing
+
+
+def _analyze(connection: Connection, feed: FeedSpec) -> None:
+    """Without statistics the planner takes a load of a million rows for one of a thousand."""
+    with connection.cursor() as cursor:
+        for table in (feed.table, "_dlt_loads", "_ledger", "_dead_letters"):
+            cursor.execute(sql.SQL("analyze {}").format(sql.Identifier(feed.source, table)))
+
+
+class _Tally:
+    """Counts of one partition (or API window) within one load."""
+
+    def __init__(self, first: int = 0) -> None:
+        self.first = first
+        self.next = first
+        self.seen = self.landed = self.dead = self.tombstones = self.unchanged = self.drifted = self.bytes = 0
+        self.times: list[dt.datetime] = []
+
+    def add_time(self, time_: dt.datetime | None) -> None:
+        if time_ is None:
+            return
+        if not self.times:
+            self.times = [time_, time_]
+        elif time_ < self.times[0]:
+            self.times[0] = time_
+        elif time_ > self.times[1]:
+            self.times[1] = time_
+
+    def interval(self, partition: int) -> Interval:
+        return Interval(
+            partition=partition,
+            landed=self.landed,
+            dead=self.dead,
+            tombstones=self.tombstones,
+            unchanged=self.unchanged,
+            drifted=self.drifted,
+            bytes=self.bytes,
+            source_time_min=self.times[0] if self.times else None,
+            source_time_max=self.times[1] if self.times else None,
+        )
+
+
+# --- Kafka ------------------------------------------------------------------------------------------------------------
+
+
+def _land_topic(
+    settings: Settings,
+    connection: Connection,
+    writer: Writer,
+    landing: Landing,
+    progress: Progress,
+    records_per_load: int,
+) -> None:
+    feed = writer.feed
+    contract = Contract(feed)
+    reader = TopicReader(settings, feed)
+    try:
+        topic = reader.fetch_topic()
+        stream = _guard_stream(connection, settings, feed, topic)
+        positions = ledger.fetch_positions(connection, feed, stream)
+        reader.guard_positions(topic, positions)
+        positions = {p: positions.get(p, start) for p, (start, _) in topic.bounds.items()}
+        due = sum(end - positions[p] for p, (_, end) in topic.bounds.items())
+        if due == 0:
+            return
+        batches = reader.read(topic, positions)
+        pipeline = open_pipeline(settings, connection, feed)
+        read = 0
+
+        def fill(package: Package) -> None:
+            nonlocal read
+            tallies = {p: _Tally(position) for p, position in positions.items()}
+            taken = 0
+            exhausted = True
+            for batch in batches:
+                _decode_messages(batch, contract, package, tallies, landing.reasons)
+                taken += len(batch)
+                progress(read + taken, due)
+                if taken >= records_per_load:
+                    exhausted = False
+                    break
+            read += taken
+            for partition, tally in sorted(tallies.items()):
+                # At the end of the log the last records may be control records, which nobody delivers.
+                stop = topic.bounds[partition][1] if exhausted else tally.next
+                if stop > tally.first:
+                    package.add_interval(
+                        replace(
+                            tally.interval(partition),
+                            first_position=tally.first,
+                            last_position=stop - 1,
+                            control=stop - tally.first - tally.seen,
+                        )
+                    )
+
+        while any(positions[p] < end for p, (_, end) in topic.bounds.items()):
+            package = commit_package(settings, connection, pipeline, stream, writer, fill)
+            landing.add(package)
+            for interval in package.intervals:
+                positions[interval.partition] = (interval.last_position or 0) + 1
+    finally:
+        reader.close()
+
+
+def _guard_stream(connection: Connection, settings: Settings, feed: FeedSpec, topic: Topic) -> Stream:
+    """The topic's stream; refuses a topic that is not the one read before.
+
+    Raises:
+        SourceLossError: another cluster answers, or the topic was re-created. The embedded broker forgets on exit, so
+            its streams may be followed by any other.
+    """
+    assert isinstance(feed.origin, KafkaOrigin)
+    known = ledger.find_streams(connection, feed)
+    identity = (topic.cluster, feed.origin.topic, topic.incarnation)
+    if any((s.origin, s.name, s.incarnation) == identity for s in known):
+        return ledger.ensure_stream(connection, feed, *identity)
+    foreign = [s for s in known if not s.origin.startswith("embedded-")]
+    if foreign:
+        last = foreign[-1]
+        what = (
+            f"topic {feed.origin.topic} was re-created"
+            if (last.origin, last.name) == identity[:2]
+            else f"topic {feed.origin.topic} of cluster {topic.cluster} is not {last.name} of cluster {last.origin}"
+        )
+        raise SourceLossError(
+            f"{feed.name}: {what}, which was read before; records of the old one may never have been read.",
+            hint="Check KAFKA_BOOTSTRAP_SERVERS; for a topic meant to be new, declare a new feed.",
+        )
+    return ledger.ensure_stream(connection, feed, *identity)
+
+
+def _decode_messages(
+    batch: list[Message],
+    contract: Contract,
+    package: Package,
+    tallies: dict[int, _Tally],
+    reasons: Counter[str],
+) -> None:
+    """Each message to a row, a dead letter or a tombstone, counted in its partition."""
+    for message in batch:
+        partition, offset, value = message.partition(), message.offset(), message.value()
+        tally = tallies[partition]
+        tally.seen += 1
+        tally.next = offset + 1
+        kind, milliseconds = message.timestamp()
+        source_time = None
+        if kind != TIMESTAMP_NOT_AVAILABLE:
+            source_time = _from_milliseconds(milliseconds)
+            tally.add_time(source_time)
+        if value is None:
+            tally.tombstones += 1
+            continue
+        value = bytes(value)
+        tally.bytes += len(value)
+        decoded = contract.decode(value)
+        headers = headers_json(message.headers())
+        if isinstance(decoded, Row):
+            tally.landed += 1
+            tally.drifted += decoded.extra is not None
+            package.add_row(
+                decoded.cells,
+                decoded.extra,
+                (str(partition), str(offset), cell(source_time), cell(message.key()), headers),
+            )
+        else:
+            tally.dead += 1
+            reasons[decoded.reason.value] += 1
+            package.add_dead_letter(
+                decoded,
+                value,
+                key=message.key(),
+                headers=headers,
+                source_time=source_time,
+                kafka=(partition, offset),
+            )
+
+
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+
+
+def _from_milliseconds(milliseconds: int) -> dt.datetime | None:
+    try:
+        return _EPOCH + dt.timedelta(milliseconds=milliseconds)
+    except OverflowError:
+        return None
+
+
+# --- REST -------------------------------------------------------------------------------------------------------------
+
+
+def _land_endpoint(
+    settings: Settings, connection: Connection, writer: Writer, landing: Landing, progress: Progress
+) -> None:
+    feed = writer.feed
+    contract = Contract(feed)
+    reader = EndpointReader(settings, feed)
+    stream = ledger.ensure_stream(connection, feed, reader.base_url, reader.origin.path, "")
+    read_until = ledger.fetch_window_end(connection, feed, stream)
+    windows = plan_windows(reader.origin, read_until, dt.datetime.now(dt.UTC).date())
+    sorter = _Sorter(connection, contract, reader)
+    pages = (sorter.sort(page) for page in reader.read(windows))
+    quiet, rest = _split_quiet(pages)
+    landing.unchanged = sum(page.unchanged for page in quiet)
+    if rest is None:
+        return
+
+    def fill(package: Package) -> None:
+        tally = _Tally()
+        tally.unchanged = sum(page.unchanged for page in quiet)
+        number = len(quiet)
+        for page in rest:
+            number += 1
+            _add_page(page, package, tally, landing.reasons)
+            progress(tally.landed + tally.dead + tally.unchanged, None)
+        package.add_interval(
+            replace(tally.interval(0), window_from=windows[0][0], window_to=windows[-1][1], pages=number)
+        )
+
+    landing.unchanged = 0
+    package = commit_package(settings, connection, open_pipeline(settings, connection, feed), stream, writer, fill)
+    landing.add(package)
+
+
+@dataclass(frozen=True)
+class _SortedPage:
+    """A page's records by what is to become of them."""
+
+    page: Page
+    new: list[tuple[int, Row, str]]
+    dead: list[tuple[int, Rejection, bytes]]
+    unchanged: int
+
+
+class _Sorter:
+    """Tells new and corrected records from those a window brings again."""
+
+    def __init__(self, connection: Connection, contract: Contract, reader: EndpointReader) -> None:
+        self._connection = connection
+        self._contract = contract
+        self._reader = reader
+        names = [column.name for column in contract.feed.columns]
+        self._key = [names.index(name) for name in reader.origin.key]
+        self._seen: dict[tuple[str | None, ...], str] = {}
+        self._dead_seen: set[bytes] = set()
+
+    def sort(self, page: Page) -> _SortedPage:
+        decoded = [(item, value, self._contract.decode(value)) for item, value in enumerate(page.records)]
+        rows = [(item, row, _content_hash(row)) for item, _, row in decoded if isinstance(row, Row)]
+        keys = [tuple(row.cells[index] for index in self._key) for _, row, _ in rows]
+        feed = self._contract.feed
+        known = ledger.fetch_content_hashes(self._connection, feed, self._reader.origin.key, keys)
+        new = []
+        for (item, row, content), key, before in zip(rows, keys, known, strict=True):
+            if self._seen.get(key, before) != content:
+                new.append((item, row, content))
+            self._seen[key] = content
+        rejected = [(item, rejection, value) for item, value, rejection in decoded if isinstance(rejection, Rejection)]
+        known_dead = ledger.fetch_known_dead_values(self._connection, feed, [value for _, _, value in rejected])
+        dead = []
+        for entry in rejected:
+            if entry[2] not in known_dead and entry[2] not in self._dead_seen:
+                dead.append(entry)
+            self._dead_seen.add(entry[2])
+        return _SortedPage(page, new, dead, len(decoded) - len(new) - len(dead))
+
+
+def _content_hash(row: Row) -> str:
+    return hashlib.sha256(repr((row.cells, row.extra)).encode()).hexdigest()[:32]
+
+
+def _split_quiet(pages: Iterator[_SortedPage]) -> tuple[list[_SortedPage], Iterator[_SortedPage] | None]:
+    """The leading pages that bring nothing new, and the rest; no rest means there is nothing to load."""
+    quiet: list[_SortedPage] = []
+    for page in pages:
+        if page.new or page.dead:
+            return quiet, itertools.chain([page], pages)
+        quiet.append(page)
+    return quiet, None
+
+
+def _add_page(page: _SortedPage, package: Package, tally: _Tally, reasons: Counter[str]) -> None:
+    window = (page.page.window_from, page.page.window_to)
+    tally.bytes += page.page.size
+    tally.unchanged += page.unchanged
+    for item, row, content in page.new:
+        tally.landed += 1
+        tally.drifted += row.extra is not None
+        coordinates = [cell(value) for value in (*window, page.page.number, item, content)]
+        package.add_row(row.cells, row.extra, coordinates)
+    for item, rejection, value in page.dead:
+        tally.dead += 1
+        reasons[rejection.reason.value] += 1
+        package.add_dead_letter(rejection, value, api=(*window, page.page.number, item))

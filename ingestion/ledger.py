@@ -1,0 +1,251 @@
+"""The warehouse's own account of what it read: writers, streams, positions, and the sweep of what never committed.
+
+Everything here is about one feed and one connection. A load is true when its row stands in `_dlt_loads`; what an
+interrupted load left behind is invisible to every reader and removed by the next writer.
+"""
+
+import getpass
+import os
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+
+import psycopg2.extensions
+from psycopg2 import sql
+
+from ingestion.errors import FeedBusyError
+from ingestion.feeds import FeedSpec
+
+Connection = psycopg2.extensions.connection
+
+# First key of the two-part advisory lock; any constant of our own.
+LOCK_SPACE = 0x9A71
+
+
+@dataclass(frozen=True)
+class Writer:
+    """The right to commit for a feed, until somebody takes it over."""
+
+    feed: FeedSpec
+    token: int
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One incarnation of a topic or endpoint. Positions mean something within one stream only."""
+
+    stream_id: int
+    origin: str
+    name: str
+    incarnation: str
+
+
+def holder_name() -> str:
+    """Who we are, for the message another runner gets."""
+    return f"{getpass.getuser()}@{socket.gethostname()} pid {os.getpid()}"
+
+
+@contextmanager
+def writing(connection: Connection, feed: FeedSpec) -> Iterator[Writer]:
+    """Hold the feed's lock and a fresh fencing token while the block runs.
+
+    Raises:
+        FeedBusyError: another writer holds the feed; the message says who and since when.
+    """
+    connection.autocommit = True
+    with connection.cursor() as cursor:
+        cursor.execute("select pg_try_advisory_lock(%s, hashtext(%s))", (LOCK_SPACE, feed.name))
+        if not _one(cursor)[0]:
+            cursor.execute(
+                sql.SQL("select holder, acquired_at from {} where feed = %s").format(_table(feed, "_writers")),
+                (feed.name,),
+            )
+            row = cursor.fetchone()
+            who = f"{row[0]} since {row[1]:%Y-%m-%d %H:%M:%S} UTC" if row else "another writer"
+            raise FeedBusyError(
+                f"{feed.name} is being written by {who}.", hint="Wait for it to finish; two writers never share a feed."
+            )
+        cursor.execute(
+            sql.SQL(
+                "insert into {} as w (feed, token, holder, acquired_at) values (%s, 1, %s, now()) "
+                "on conflict (feed) do update set token = w.token + 1, holder = excluded.holder, acquired_at = now() "
+                "returning token"
+            ).format(_table(feed, "_writers")),
+            (feed.name, holder_name()),
+        )
+        token = _one(cursor)[0]
+    try:
+        yield Writer(feed, token)
+    finally:
+        if not connection.closed:
+            with connection.cursor() as cursor:
+                cursor.execute("select pg_advisory_unlock(%s, hashtext(%s))", (LOCK_SPACE, feed.name))
+
+
+def begin_load(connection: Connection, writer: Writer, load_id: str) -> None:
+    """Note a load before its first row can reach the database, so that a sweep knows what to look for."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            sql.SQL("insert into {} (load_id, feed, writer_token) values (%s, %s, %s)").format(
+                _table(writer.feed, "_loads_begun")
+            ),
+            (load_id, writer.feed.name, writer.token),
+        )
+
+
+def sweep(connection: Connection, feed: FeedSpec) -> list[str]:
+    """Remove what loads left that began and never committed; returns their load ids.
+
+    Loads of the last week are looked at again: a writer that was stopped, taken over and woke up can leave rows
+    after the first sweep (it cannot commit them).
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(
+            sql.SQL("delete from {begun} where feed = %s and load_id in (select load_id from {loads})").format(
+                begun=_table(feed, "_loads_begun"), loads=_table(feed, "_dlt_loads")
+            ),
+            (feed.name,),
+        )
+        cursor.execute(
+            sql.SQL(
+                "select load_id, swept_at from {begun} where feed = %s "
+                "and (swept_at is null or begun_at > now() - interval '7 days')"
+            ).format(begun=_table(feed, "_loads_begun"), loads=_table(feed, "_dlt_loads")),
+            (feed.name,),
+        )
+        begun = cursor.fetchall()
+        load_ids = [row[0] for row in begun]
+        if load_ids:
+            for table in (feed.table, "_dead_letters", "_ledger"):
+                cursor.execute(
+                    sql.SQL("delete from {} where _dlt_load_id = any(%s)").format(_table(feed, table)), (load_ids,)
+                )
+            cursor.execute(
+                sql.SQL("update {} set swept_at = now() where load_id = any(%s)").format(_table(feed, "_loads_begun")),
+                (load_ids,),
+            )
+    return [load_id for load_id, swept_at in begun if swept_at is None]
+
+
+def find_streams(connection: Connection, feed: FeedSpec) -> list[Stream]:
+    """All streams of a feed that hold committed intervals, oldest first."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            sql.SQL(
+                "select stream_id, origin, name, incarnation from {streams} where feed = %s and stream_id in "
+                "(select stream_id from {ledger} where _dlt_load_id in (select load_id from {loads})) "
+                "order by stream_id"
+            ).format(
+                streams=_table(feed, "_streams"), ledger=_table(feed, "_ledger"), loads=_table(feed, "_dlt_loads")
+            ),
+            (feed.name,),
+        )
+        return [Stream(*row) for row in cursor.fetchall()]
+
+
+def ensure_stream(connection: Connection, feed: FeedSpec, origin: str, name: str, incarnation: str) -> Stream:
+    """The stream of these names, made when it is new."""
+    identity = (feed.name, origin, name, incarnation)
+    with connection.cursor() as cursor:
+        select = sql.SQL("select stream_id from {} where (feed, origin, name, incarnation) = (%s, %s, %s, %s)").format(
+            _table(feed, "_streams")
+        )
+        cursor.execute(select, identity)
+        row = cursor.fetchone()
+        if row is None:
+            cursor.execute(
+                sql.SQL(
+                    "insert into {} (feed, kind, origin, name, incarnation) values (%s, %s, %s, %s, %s) "
+                    "returning stream_id"
+                ).format(_table(feed, "_streams")),
+                (feed.name, feed.origin.kind, origin, name, incarnation),
+            )
+            row = _one(cursor)
+    return Stream(row[0], origin, name, incarnation)
+
+
+def fetch_positions(connection: Connection, feed: FeedSpec, stream: Stream) -> dict[int, int]:
+    """Partition -> next offset to read, from the committed intervals. Partitions never read are absent."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            sql.SQL(
+                "select partition, max(last_position) + 1 from {ledger} "
+                "where stream_id = %s and kind = 'kafka' and _dlt_load_id in (select load_id from {loads}) "
+                "group by partition"
+            ).format(ledger=_table(feed, "_ledger"), loads=_table(feed, "_dlt_loads")),
+            (stream.stream_id,),
+        )
+        return dict(cursor.fetchall())
+
+
+def fetch_window_end(connection: Connection, feed: FeedSpec, stream: Stream) -> datetime | None:
+    """The end of the last committed window of an API feed; None when it was never read."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            sql.SQL(
+                "select max(window_to) from {ledger} where stream_id = %s and kind = 'api' "
+                "and _dlt_load_id in (select load_id from {loads})"
+            ).format(ledger=_table(feed, "_ledger"), loads=_table(feed, "_dlt_loads")),
+            (stream.stream_id,),
+        )
+        end: datetime | None = _one(cursor)[0]
+        return end
+
+
+def fetch_content_hashes(
+    connection: Connection, feed: FeedSpec, key: Sequence[str], keys: Sequence[tuple[str | None, ...]]
+) -> list[str | None]:
+    """For each key (as text) the content hash of its latest committed version; None where there is none."""
+    if not keys:
+        return []
+    # The columns keep their own type in the comparison, so that an index on the key serves it.
+    types = {column.name: column.type.sql for column in feed.columns}
+    with connection.cursor() as cursor:
+        cursor.execute(
+            sql.SQL(
+                "select (select r._content_hash from {raw} r where ({columns}) = ({wanted}) "
+                "and r._dlt_load_id in (select load_id from {loads}) "
+                "order by r._dlt_load_id desc, r._api_page desc, r._api_item desc limit 1) "
+                "from unnest({arrays}) with ordinality as wanted({names}, position) order by position"
+            ).format(
+                raw=_table(feed, feed.table),
+                loads=_table(feed, "_dlt_loads"),
+                columns=_listed(sql.Identifier("r", name) for name in key),
+                wanted=_listed(sql.Identifier("wanted", name) for name in key),
+                names=_listed(sql.Identifier(name) for name in key),
+                arrays=_listed(sql.SQL("%s::{}[]").format(sql.SQL(types[name])) for name in key),
+            ),
+            [list(values) for values in zip(*keys, strict=True)],
+        )
+        return [row[0] for row in cursor.fetchall()]
+
+
+def fetch_known_dead_values(connection: Connection, feed: FeedSpec, values: Sequence[bytes]) -> set[bytes]:
+    """Which of these bytes are dead-lettered already and open."""
+    if not values:
+        return set()
+    with connection.cursor() as cursor:
+        cursor.execute(
+            sql.SQL(
+                "select raw_value from {dead} where feed = %s and status = 'open' and raw_value = any(%s) "
+                "and _dlt_load_id in (select load_id from {loads})"
+            ).format(dead=_table(feed, "_dead_letters"), loads=_table(feed, "_dlt_loads")),
+            (feed.name, list(values)),
+        )
+        return {bytes(row[0]) for row in cursor.fetchall()}
+
+
+def _listed(parts: Iterable[sql.Composable]) -> sql.Composable:
+    return sql.SQL(", ").join(parts)
+
+
+def _table(feed: FeedSpec, name: str) -> sql.Identifier:
+    return sql.Identifier(feed.source, name)
+
+
+def _one(cursor: psycopg2.extensions.cursor) -> tuple:  # type: ignore[type-arg]
+    row = cursor.fetchone()
+    assert row is not None, "the statement returns one row"
+    return row

@@ -1,0 +1,204 @@
+"""Reading a REST endpoint through dlt's `rest_api`: windows of days, page by page, each record as exact JSON bytes.
+
+Numbers keep their digits (never a float). Answers that ask to come back later (429, 5xx, a cut body) are tried
+again, with Retry-After honoured; what is no answer of this API is one clear error. Refuses to guess at a page of
+another shape.
+"""
+
+import datetime as dt
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+import requests
+from dlt.sources.helpers.requests import Client
+from dlt.sources.rest_api import rest_api_resources
+
+from ingestion.errors import AuthenticationError, ConfigurationError, TransientError, WarehouseError
+from ingestion.feeds import FeedSpec, RecordsSpec, RestOrigin
+from ingestion.settings import Settings
+
+REQUEST_TIMEOUT_S = 30
+MAX_ATTEMPTS = 6
+BACKOFF_FACTOR_S = 0.5
+MAX_DELAY_S = 30
+
+
+@dataclass(frozen=True)
+class Page:
+    """One answer: its window [from, to), its number in the run, and its records as JSON bytes."""
+
+    window_from: dt.datetime
+    window_to: dt.datetime
+    number: int
+    records: list[bytes]
+    size: int
+
+
+def plan_windows(
+    origin: RestOrigin, read_until: dt.datetime | None, today: dt.date
+) -> list[tuple[dt.datetime, dt.datetime]]:
+    """The windows [from, to) of a run, oldest first: what is new, and `reread_days` behind it for corrections.
+
+    Args:
+        read_until: end of the last committed window; None on the first run.
+        today: UTC; the last day asked for.
+    """
+    start = dt.datetime.combine(origin.window.start, dt.time(), dt.UTC)
+    if read_until is not None:
+        start = max(start, read_until - dt.timedelta(days=origin.window.reread_days))
+    end = dt.datetime.combine(today, dt.time(), dt.UTC) + dt.timedelta(days=1)
+    windows = []
+    while start < end:
+        stop = min(start + dt.timedelta(days=origin.window.days), end)
+        windows.append((start, stop))
+        start = stop
+    return windows
+
+
+class EndpointReader:
+    """One endpoint, read window by window."""
+
+    def __init__(self, settings: Settings, feed: FeedSpec) -> None:
+        assert isinstance(feed.origin, RestOrigin)
+        self.feed = feed
+        self.origin = feed.origin
+        self.base_url = settings.require(feed.origin.base_url, f"{feed.name} is read from there").rstrip("/")
+        client = Client(
+            request_timeout=REQUEST_TIMEOUT_S,
+            raise_for_status=True,
+            request_max_attempts=MAX_ATTEMPTS,
+            request_backoff_factor=BACKOFF_FACTOR_S,
+            request_max_retry_delay=MAX_DELAY_S,
+        )
+        self._session = client.session
+        self._session.hooks["response"].append(_parse_numbers_exactly)
+
+    def read(self, windows: list[tuple[dt.datetime, dt.datetime]]) -> Iterator[Page]:
+        """The pages of the windows, in order.
+
+        Raises:
+            TransientError, AuthenticationError, ConfigurationError: by what the API answered; nothing half-read is
+                yielded.
+        """
+        number = 0
+        for start, stop in windows:
+            for body in self._fetch(start, stop):
+                number += 1
+                records = [encode_record(record) for record in split_page(body, self.origin.records, self.feed)]
+                yield Page(start, stop, number, records, sum(map(len, records)))
+
+    def _fetch(self, start: dt.datetime, stop: dt.datetime) -> Iterator[Any]:
+        placeholders = {"{from}": f"{start:%Y-%m-%d}", "{to}": f"{stop - dt.timedelta(days=1):%Y-%m-%d}"}
+        resource = rest_api_resources(
+            {
+                "client": {
+                    "base_url": self.base_url,
+                    "session": self._session,
+                    "paginator": "single_page",
+                },
+                "resources": [
+                    {
+                        "name": self.feed.table,
+                        "endpoint": {
+                            "path": _fill(self.origin.path, placeholders).lstrip("/"),
+                            "params": {k: _fill(v, placeholders) for k, v in self.origin.params.items()},
+                            "data_selector": "$",
+                        },
+                    }
+                ],
+            }
+        )[0]
+        try:
+            yield from iter(resource)
+        except Exception as error:
+            raise self._classify(error) from error
+
+    def _classify(self, error: BaseException) -> WarehouseError:
+        link: BaseException | None = error
+        while link is not None:
+            if isinstance(link, WarehouseError):
+                return link
+            if isinstance(link, requests.exceptions.JSONDecodeError | json.JSONDecodeError):
+                return TransientError(
+                    f"{self.feed.name}: {self.base_url} answered with something that is not JSON.",
+                    hint=f"Is {self.origin.base_url} the API's address? A proxy's page or a cut answer looks so too.",
+                )
+            if isinstance(link, requests.HTTPError) and link.response is not None:
+                return self._classify_status(link.response.status_code)
+            if isinstance(link, requests.RequestException):
+                return TransientError(
+                    f"{self.feed.name}: {self.base_url} does not answer ({type(link).__name__}).",
+                    hint=f"Is it reachable? {self.origin.base_url} names it; `warehouse doctor` checks.",
+                )
+            link = link.__cause__ or link.__context__
+        return WarehouseError(f"{self.feed.name}: reading {self.base_url} failed: {type(error).__name__}: {error}")
+
+    def _classify_status(self, status: int) -> WarehouseError:
+        text = f"{self.feed.name}: {self.base_url} answered with status {status}"
+        if status in (401, 403):
+            return AuthenticationError(f"{text}: it refused us.", hint="Check the API's key.")
+        if status == 429 or status >= 500:
+            return TransientError(f"{text} {MAX_ATTEMPTS} times.", hint="It is overloaded or down; run again later.")
+        return ConfigurationError(
+            f"{text}.", hint=f"Check {self.origin.base_url}, and path and params in {self.feed.file}:{self.feed.line}."
+        )
+
+
+def _fill(text: str, placeholders: Mapping[str, str]) -> str:
+    for name, value in placeholders.items():
+        text = text.replace(name, value)
+    return text
+
+
+def _parse_numbers_exactly(response: requests.Response, *_: Any, **__: Any) -> None:
+    """Make `.json()` keep every digit; requests would make floats."""
+
+    def parse(**_: Any) -> Any:
+        return json.loads(response.content, parse_float=Decimal, parse_int=Decimal)
+
+    response.json = parse  # type: ignore[method-assign]
+
+
+_encoder = msgspec.json.Encoder(decimal_format="number")
+
+
+def encode_record(record: Any) -> bytes:
+    """A parsed record as JSON bytes, digit for digit."""
+    return _encoder.encode(record)
+
+
+def split_page(body: Any, records: RecordsSpec, feed: FeedSpec) -> Iterator[Any]:
+    """The records of a page. Whatever stands where a record is due is yielded, so that the contract can name it.
+
+    Raises:
+        ConfigurationError: the page has another shape than declared.
+    """
+    found: Any = body
+    for name in filter(None, records.path.split(".")):
+        found = found.get(name) if isinstance(found, dict) else None
+    wanted: type = dict if records.keys else list
+    if not isinstance(found, wanted):
+        raise ConfigurationError(
+            f"{feed.name}: the API's answer has no {'object' if records.keys else 'list'} at `{records.path}`.",
+            hint=f"Check the address and `records` in {feed.file}:{feed.line}.",
+        )
+    copied = {column: body[name] for column, name in records.page_fields.items() if name in body}
+    if not records.keys:
+        for record in found:
+            yield {**copied, **record} if isinstance(record, dict) else record
+        return
+    yield from _unnest(found, records, copied, 0)
+
+
+def _unnest(node: Any, records: RecordsSpec, so_far: dict[str, Any], level: int) -> Iterator[dict[str, Any]]:
+    if level == len(records.keys):
+        yield {**so_far, str(records.value): node}
+    elif isinstance(node, dict):
+        for key, child in node.items():
+            yield from _unnest(child, records, {**so_far, records.keys[level]: key}, level + 1)
+    else:
+        yield {**so_far, str(records.value): node}
