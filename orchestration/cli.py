@@ -1,0 +1,470 @@
+"""The `warehouse` command. Adds to plain dbt and dlt, and hides neither.
+
+Thin: each command reads settings, calls one function of the house and prints what came back. Imports what a command
+needs inside it, so that `--help` answers at once.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from ingestion.errors import ConfigurationError, ErrorClass, WarehouseError
+
+if TYPE_CHECKING:
+    from ingestion.settings import Settings
+
+# Documented in README.md, "Exit codes".
+EXIT_CODES = {
+    ErrorClass.INTERNAL: 1,
+    ErrorClass.CONFIGURATION: 2,
+    ErrorClass.AUTHENTICATION: 3,
+    ErrorClass.TRANSIENT: 4,
+    ErrorClass.BUSY: 5,
+    ErrorClass.LOSS: 6,
+    ErrorClass.DATA: 7,
+}
+
+app = typer.Typer(
+    name="warehouse",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help=(
+        "Payments warehouse: Kafka topics and REST APIs to tested marts, with every record accounted for.\n\n"
+        "With no server configured, an embedded Postgres, broker and rates API start by themselves; "
+        "WAREHOUSE_DSN, KAFKA_BOOTSTRAP_SERVERS and FX_API_BASE (environment or .env) name your own.\n\n"
+        "Examples:\n\n"
+        "  warehouse demo                 sample payments to marts, on what is embedded\n\n"
+        "  warehouse run                  ingest, dbt build, freshness, docs\n\n"
+        "  warehouse status               what was offered, landed, set aside, lost, and the lag\n\n"
+        "Exit codes: 0 fine, 1 fault of ours, 2 configuration or usage, 3 refused by a server, 4 a server is down,\n"
+        "5 another writer holds the feed, 6 the source lost records, 7 a test or freshness check failed."
+    ),
+)
+services_app = typer.Typer(no_args_is_help=True, help="The embedded Postgres, broker and rates API.")
+dead_letters_app = typer.Typer(no_args_is_help=True, help="Records set aside, with their bytes and a reason.")
+app.add_typer(services_app, name="services")
+app.add_typer(dead_letters_app, name="dead-letters")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same bytes.")]
+BadShare = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of known-bad records.")]
+
+T = TypeVar("T")
+
+
+def main() -> None:
+    """Entry point: runs a command, turns a failure into one message and an exit code."""
+    try:
+        app()
+    except WarehouseError as error:
+        from orchestration.console import render_error
+
+        print(render_error(error), file=sys.stderr)
+        sys.exit(EXIT_CODES[error.error_class])
+    except KeyboardInterrupt:
+        print("interrupted; what was committed stays, the next run sweeps the rest", file=sys.stderr)
+        sys.exit(130)
+
+
+def _settings() -> "Settings":
+    from ingestion.settings import load_settings
+
+    return load_settings()
+
+
+@contextmanager
+def _services() -> Iterator["Settings"]:
+    """Settings in which every service has an address, for the length of a command."""
+    from orchestration.services import running
+
+    with running(_settings()) as settings:
+        yield settings
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=str))
+
+
+def _reporter(quiet: bool) -> Any:
+    from orchestration.console import Reporter
+
+    return Reporter(quiet=quiet)
+
+
+@app.command()
+def demo(
+    records: Annotated[int, typer.Option(min=1, help="Payment messages to send.")] = 20_000,
+    seed: Seed = 1,
+    bad_share: BadShare = 0.01,
+    quiet: Quiet = False,
+) -> None:
+    """Sample payments through a Kafka protocol and an HTTP API to tested marts.
+
+    Example: warehouse demo --records 50000
+    """
+    from ingestion.feeds import load_feeds
+    from orchestration.demo import render_demo, run_demo
+
+    with _services() as settings:
+        report = run_demo(settings, _reporter(quiet), records=records, seed=seed, bad_share=bad_share)
+        print(render_demo(report, load_feeds(settings)))
+
+
+@app.command()
+def run(as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Ingest all feeds, dbt build, source freshness, docs; stops at the first layer that fails.
+
+    Example: WAREHOUSE_DSN=postgresql://... KAFKA_BOOTSTRAP_SERVERS=host:9092 warehouse run
+    """
+    from orchestration.run import run_all
+
+    with _services() as settings:
+        report = run_all(settings, _reporter(quiet))
+        assert report.build is not None, "a run that got here was built"
+        if as_json:
+            _print_json(
+                {
+                    "feeds": [_landing_dict(landing) for landing in report.landings],
+                    "build": dict(report.build.counts),
+                    "lineage_page": str(report.docs),
+                }
+            )
+        else:
+            _print_landings(report.landings)
+
+
+def _landing_dict(landing: Any) -> dict[str, Any]:
+    return {**landing.__dict__, "offered": landing.offered, "reasons": dict(landing.reasons)}
+
+
+def _print_landings(landings: list[Any]) -> None:
+    from orchestration.console import render_table
+
+    header = ("feed", "offered", "landed", "dead", "tombstones", "unchanged", "lost")
+    rows = [(o.feed, o.offered, o.landed, o.dead, o.tombstones, o.unchanged, o.lost) for o in landings]
+    print(render_table(header, rows, indent=""))
+
+
+@app.command()
+def ingest(
+    feeds: Annotated[list[str] | None, typer.Argument(help="Feeds by name; all for none.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Land what the sources offer now, without building models.
+
+    Example: warehouse ingest raw_payments.transaction_created
+    """
+    from ingestion.database import connect
+    from ingestion.feeds import select_feeds
+    from orchestration.history import recorded_run
+    from orchestration.run import ingest as ingest_feeds
+    from orchestration.run import prepare
+
+    with _services() as settings:
+        chosen = select_feeds(prepare(settings), feeds or [])
+        connection = connect(settings, purpose="ingest")
+        try:
+            with recorded_run(connection, "ingest", "manual", settings.project_dir) as recorded:
+                landings = ingest_feeds(settings, chosen, recorded, _reporter(quiet))
+        finally:
+            connection.close()
+        if as_json:
+            _print_json([_landing_dict(landing) for landing in landings])
+        else:
+            _print_landings(landings)
+
+
+@app.command()
+def sample(
+    feed: Annotated[list[str] | None, typer.Argument(help="Feeds by name; all with sample data for none.")] = None,
+    records: Annotated[int, typer.Option(min=1, help="Messages a feed.")] = 10_000,
+    to: Annotated[str, typer.Option(help="'kafka', or a folder for JSON-lines files.")] = "kafka",
+    seed: Seed = 1,
+    bad_share: BadShare = 0.01,
+    start: Annotated[
+        datetime | None,
+        typer.Option(formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"], help="Time of the first message, UTC."),
+    ] = None,
+    days: Annotated[float | None, typer.Option(min=0.001, help="Spread over days; else ten a second.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make sample messages, the same bytes for the same seed and start, and send or write them.
+
+    Example: warehouse sample raw_payments.transaction_created --records 100000 --to /tmp/sample --start 2026-01-05
+    """
+    from ingestion.feeds import load_feeds, select_feeds
+    from orchestration.demo import send_sample
+    from orchestration.sample import FEEDS
+
+    when = (start or datetime.now(UTC) - timedelta(days=days or 1)).replace(tzinfo=UTC, microsecond=0)
+    folder = None if to == "kafka" else Path(to)
+    settings = _settings()
+    wanted = [one.name for one in select_feeds(load_feeds(settings), feed or list(FEEDS))]
+
+    def make(settings: "Settings") -> None:
+        for name in wanted:
+            count = send_sample(
+                settings,
+                _reporter(quiet),
+                name,
+                records=records,
+                seed=seed,
+                bad_share=bad_share,
+                start=when,
+                days=days,
+                folder=folder,
+            )
+            print(f"{name}: {count:,} messages to {folder / f'{name}.jsonl' if folder else 'Kafka'}")
+
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        make(settings)
+        return
+    from orchestration.services import status as services_status
+
+    if settings.kafka_bootstrap is None and not services_status(settings).running:
+        raise ConfigurationError(
+            "No broker runs that would keep the messages: the embedded one forgets them when this command ends.",
+            hint="`warehouse services start` first, or name yours in KAFKA_BOOTSTRAP_SERVERS, or use --to FOLDER.",
+        )
+    with _services() as running_settings:
+        make(running_settings)
+
+
+@app.command()
+def status(as_json: AsJson = False) -> None:
+    """Per feed: offered, landed, dead, lost, when it was last read, and what waits at the source.
+
+    Example: warehouse status --json
+    """
+    from orchestration.run import prepare
+    from orchestration.status import fetch_status, render_status
+
+    with _services() as settings:
+        statuses = fetch_status(settings, prepare(settings))
+        if as_json:
+            _print_json([one.as_dict() for one in statuses])
+        else:
+            print(render_status(statuses))
+
+
+@app.command()
+def feeds(as_json: AsJson = False) -> None:
+    """What is declared: each feed's origin, contract and where it stands in the project.
+
+    Example: warehouse feeds --json
+    """
+    from ingestion.feeds import KafkaOrigin, load_feeds
+    from orchestration.console import render_table
+
+    declared = load_feeds(_settings())
+    if as_json:
+        _print_json(
+            [
+                {
+                    "feed": one.name,
+                    "kind": one.origin.kind,
+                    "origin": one.origin.topic if isinstance(one.origin, KafkaOrigin) else one.origin.path,
+                    "columns": {column.name: column.type.sql for column in one.columns},
+                    "personal_data": [column.name for column in one.columns if column.pii],
+                    "contract_version": one.contract_version,
+                    "owner": one.owner,
+                    "declared_in": f"{one.file}:{one.line}",
+                }
+                for one in declared
+            ]
+        )
+        return
+    rows = [
+        (
+            one.name,
+            one.origin.kind,
+            one.origin.topic if isinstance(one.origin, KafkaOrigin) else one.origin.path,
+            len(one.columns),
+            sum(column.pii for column in one.columns),
+            one.contract_version,
+            f"{one.file}:{one.line}",
+        )
+        for one in declared
+    ]
+    print(render_table(("feed", "kind", "origin", "columns", "personal", "contract", "declared in"), rows, indent=""))
+
+
+@app.command()
+def docs(
+    serve: Annotated[bool, typer.Option("--serve", help="Serve the page on 127.0.0.1 until interrupted.")] = False,
+    port: Annotated[int, typer.Option(help="Port for --serve; 0 takes a free one.")] = 8080,
+) -> None:
+    """Write the dbt docs lineage site as one offline page.
+
+    Example: warehouse docs --serve --port 8080
+    """
+    from orchestration.run import prepare
+    from orchestration.transform import quoted_file_url, write_docs
+
+    with _services() as settings:
+        prepare(settings)
+        page = write_docs(settings)
+    print(quoted_file_url(page))
+    if serve:
+        from orchestration.docs_server import serve_page
+
+        serve_page(page, port)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check every setting, declaration and connection, and say what to do.
+
+    Example: warehouse doctor
+    """
+    from orchestration.doctor import examine
+
+    with _services() as settings:
+        checks = examine(settings)
+    if as_json:
+        _print_json([check.__dict__ for check in checks])
+    else:
+        for check in checks:
+            print(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.found}")
+            if not check.ok and check.hint:
+                print(f"       {check.hint}")
+    if not all(check.ok for check in checks):
+        raise typer.Exit(EXIT_CODES[ErrorClass.CONFIGURATION])
+
+
+@services_app.command("start")
+def services_start(as_json: AsJson = False) -> None:
+    """Start what no setting names and let it run; then plain dbt and dlt work as they are.
+
+    Example: warehouse services start && dbt build
+    """
+    from orchestration.run import prepare
+    from orchestration.services import start
+
+    start(_settings())
+    with _services() as settings:
+        prepare(settings)
+    _show_services(as_json)
+
+
+@services_app.command("stop")
+def services_stop(
+    force: Annotated[bool, typer.Option("--force", help="Also when other commands use them.")] = False,
+) -> None:
+    """Stop the embedded services. Postgres keeps its data, the broker forgets its messages.
+
+    Example: warehouse services stop
+    """
+    from orchestration.services import stop
+
+    print("stopped" if stop(_settings(), force=force) else "nothing was running")
+
+
+@services_app.command("status")
+def services_status_command(as_json: AsJson = False) -> None:
+    """What runs embedded, and where.
+
+    Example: warehouse services status --json
+    """
+    _show_services(as_json)
+
+
+def _show_services(as_json: bool) -> None:
+    from orchestration.console import render_table
+    from orchestration.services import status as services_status
+
+    found = services_status(_settings())
+    if as_json:
+        _print_json(found.as_dict())
+    elif found.services:
+        rows = [(one.name, one.address, one.pid, one.since) for one in found.services]
+        print(render_table(("service", "address", "pid", "since"), rows, indent=""))
+    else:
+        print("no embedded service runs")
+
+
+@dead_letters_app.command("list")
+def dead_letters_list(
+    feed: Annotated[str | None, typer.Option(help="Only this feed.")] = None,
+    reason: Annotated[str | None, typer.Option(help="Only this reason class.")] = None,
+    since: Annotated[
+        datetime | None, typer.Option(formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"], help="Set aside since, UTC.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most this many, newest first.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """Records set aside: coordinates, reason and path; never a payload.
+
+    Example: warehouse dead-letters list --feed raw_payments.transaction_created --reason wrong_type
+    """
+    from orchestration.console import render_table
+    from orchestration.dead_letters import list_dead_letters
+
+    when = since.replace(tzinfo=UTC) if since else None
+    letters = _with_connection(
+        lambda connection: list_dead_letters(connection, feed=feed, reason=reason, since=when, limit=limit)
+    )
+    if as_json:
+        _print_json([letter.as_dict() for letter in letters])
+        return
+    if not letters:
+        print("no dead letters")
+        return
+    rows = [(o.dead_letter_id, o.coordinates, o.reason, o.path, o.message, o.status) for o in letters]
+    print(render_table(("id", "where", "reason", "path", "message", "status"), rows, indent=""))
+    if len(letters) == limit:
+        print(f"... the newest {limit}; --limit shows more")
+
+
+@dead_letters_app.command("show")
+def dead_letters_show(
+    dead_letter_id: Annotated[str, typer.Argument(help="Id from `dead-letters list`.")],
+    payload: Annotated[
+        bool, typer.Option("--payload", help="Also print key, headers and bytes; they may hold personal data.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """One record set aside; its bytes only when asked for.
+
+    Example: warehouse dead-letters show 3f9c0d5e7a1b2c4d --payload
+    """
+    from orchestration.dead_letters import fetch_dead_letter
+
+    letter, key, value, headers = _with_connection(lambda connection: fetch_dead_letter(connection, dead_letter_id))
+    shown = letter.as_dict()
+    if payload:
+        shown |= {"key_hex": key.hex() if key is not None else None, "headers": headers, "value_hex": value.hex()}
+    if as_json:
+        _print_json(shown)
+        return
+    for name, entry in shown.items():
+        if entry is not None and name != "value_hex":
+            print(f"{name}: {entry}")
+    if payload:
+        sys.stdout.write("value: ")
+        sys.stdout.flush()
+        sys.stdout.buffer.write(value + b"\n")
+
+
+def _with_connection(ask: Callable[[Any], T]) -> T:
+    from ingestion.database import connect
+    from orchestration.run import prepare
+
+    with _services() as settings:
+        prepare(settings)
+        connection = connect(settings, purpose="dead-letters")
+        try:
+            return ask(connection)
+        finally:
+            connection.close()

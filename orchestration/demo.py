@@ -1,0 +1,166 @@
+"""The demo: sample payments through a Kafka protocol and an HTTP API to tested marts, on what is embedded.
+
+sample -> Kafka and rates API -> raw tables -> marts -> what a newcomer wants to see
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from ingestion.database import connect
+from ingestion.errors import ConfigurationError
+from ingestion.feeds import FeedSpec, KafkaOrigin, load_feeds
+from ingestion.settings import Settings
+from orchestration.console import Reporter, render_table
+from orchestration.run import RunReport, run_all
+from orchestration.transform import quoted_file_url
+
+DEMO_DAYS = 7
+USER_SHARE = 0.25
+EVENTS_PER_SECOND = 10.0
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What the demo did and shows."""
+
+    sent: Mapping[str, int]
+    run: RunReport
+    revenue: list[tuple[Any, ...]]
+
+
+def run_demo(settings: Settings, reporter: Reporter, *, records: int, seed: int, bad_share: float) -> DemoReport:
+    """Send sample messages and run the main job on them.
+
+    Raises:
+        ConfigurationError: the settings name a real Kafka; sample data stays out of it.
+    """
+    if "kafka" not in settings.embedded:
+        raise ConfigurationError(
+            "The demo sends sample payments, and KAFKA_BOOTSTRAP_SERVERS names a broker of yours.",
+            hint="Unset it for the demo. To send to it on purpose: `warehouse sample`, then `warehouse run`.",
+        )
+    start = datetime.now(UTC).replace(microsecond=0) - timedelta(days=DEMO_DAYS)
+    sent = {}
+    for feed, count in (
+        ("raw_payments.transaction_created", records),
+        ("raw_users.user_events", int(records * USER_SHARE)),
+    ):
+        sent[feed] = send_sample(
+            settings, reporter, feed, records=count, seed=seed, bad_share=bad_share, start=start, days=DEMO_DAYS
+        )
+    report = run_all(settings, reporter, command="demo", trigger="demo")
+    return DemoReport(sent, report, _fetch_revenue(settings))
+
+
+def send_sample(
+    settings: Settings,
+    reporter: Reporter,
+    feed: str,
+    *,
+    records: int,
+    seed: int,
+    bad_share: float,
+    start: datetime,
+    days: float | None = None,
+    folder: Path | None = None,
+) -> int:
+    """Generate a feed's sample messages into its topic, or into a JSON-lines file in `folder`; how many.
+
+    Args:
+        days: spread the records over this time; ten events a second by default.
+    """
+    from orchestration.sample import SampleSpec, generate, to_jsonl, to_kafka
+
+    pace = max(records, 1) / (days * 86_400) if days else EVENTS_PER_SECOND
+    spec = SampleSpec(records=records, seed=seed, start=start, bad_share=bad_share, events_per_second=pace)
+    messages = generate(spec, feed)
+    if folder is not None:
+        return to_jsonl(messages, folder / f"{feed}.jsonl")
+    from ingestion.kafka import client_config
+
+    topics = {
+        declared.name: declared.origin.topic
+        for declared in load_feeds(settings)
+        if isinstance(declared.origin, KafkaOrigin)
+    }
+    with reporter.task(f"sample {feed}") as task:
+        by_topic = to_kafka(
+            messages,
+            settings.require("KAFKA_BOOTSTRAP_SERVERS", "sample messages need a broker"),
+            topics.__getitem__,
+            {k: v for k, v in client_config(settings).items() if k != "bootstrap.servers"},
+            lambda done: task.update(done, records),
+        )
+    count = sum(by_topic.values())
+    reporter.line(f"{feed}: {count:,} sample messages sent")
+    return count
+
+
+def _fetch_revenue(settings: Settings) -> list[tuple[Any, ...]]:
+    """Revenue of the last days by day and currency, in minor and major units."""
+    connection = connect(settings, purpose="demo")
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "select revenue_date, currency_code, sum(transaction_count)::bigint, sum(revenue_minor)::bigint, "
+                "sum(revenue_major), sum(reporting_revenue_major) from marts.rpt_finance__daily_revenue "
+                "where revenue_date > (select max(revenue_date) - 3 from marts.rpt_finance__daily_revenue) "
+                "group by 1, 2 order by 1, 2"
+            )
+            return cursor.fetchall()
+    finally:
+        connection.close()
+
+
+def render_demo(report: DemoReport, feeds: list[FeedSpec]) -> str:
+    """What was offered became what, what was built, and where to look."""
+    run = report.run
+    assert run.build is not None, "a demo that got here was built"
+    assert run.freshness is not None, "a demo that got here was checked"
+    assert run.docs is not None, "a demo that got here was documented"
+    counts = run.build.counts
+    accounts = [
+        (
+            landing.feed,
+            landing.offered,
+            landing.landed,
+            landing.dead,
+            landing.tombstones,
+            "yes" if landing.offered == landing.landed + landing.dead + landing.tombstones else "NO",
+        )
+        for landing in run.landings
+    ]
+    reasons = [
+        (landing.feed, reason, count)
+        for landing in run.landings
+        for reason, count in sorted(landing.reasons.items(), key=lambda item: (-item[1], item[0]))
+    ]
+    fresh = run.freshness.counts["source"]
+    late = len(run.freshness.warnings)
+    return "\n".join(
+        [
+            "Every record is accounted for: offered = landed + dead + tombstones",
+            render_table(("feed", "offered", "landed", "dead", "tombstones", "adds up"), accounts),
+            "",
+            "Set aside with their bytes and a reason (`warehouse dead-letters list`)",
+            render_table(("feed", "reason", "records"), reasons),
+            "",
+            f"Built and tested: {counts['model']} models, {counts['seed']} seeds, "
+            f"{counts['test'] + counts['unit_test']} tests passed",
+            f"Fresh: {fresh - late} of {fresh} sources",
+            "",
+            "Revenue of the last days, completed transactions (marts.rpt_finance__daily_revenue)",
+            render_table(
+                ("day", "currency", "transactions", "minor units", "major units", "in reporting currency"),
+                [(str(d), c, n, minor, f"{major:,f}", f"{rep:,f}") for d, c, n, minor, major, rep in report.revenue],
+            ),
+            "",
+            f"Lineage, models and columns: {quoted_file_url(run.docs)}",
+            "",
+            "The broker of the demo forgets its messages when it stops; the warehouse keeps what landed.",
+            "Next: warehouse status | warehouse dead-letters list | warehouse services start, then plain dbt and dlt",
+        ]
+    )

@@ -1,0 +1,124 @@
+"""Checks every setting, declaration and connection, and says what to do about each that is wrong."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from ingestion.database import connect, where
+from ingestion.errors import WarehouseError
+from ingestion.feeds import FeedSpec, KafkaOrigin, RestOrigin, load_feeds
+from ingestion.settings import Settings
+
+MIN_FREE_BYTES = 1 << 30
+MIN_POSTGRES = 140000
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at: `ok`, what was found, and what to do when it is not."""
+
+    name: str
+    ok: bool
+    found: str
+    hint: str = ""
+
+
+def examine(settings: Settings) -> list[Check]:
+    """All checks; one that fails does not keep the others from running."""
+    checks = [
+        _attempt("python", lambda: f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"),
+        _attempt("project", lambda: str(settings.project_dir)),
+        _check_disk(settings),
+    ]
+    feeds: list[FeedSpec] = []
+
+    def declarations() -> str:
+        feeds.extend(load_feeds(settings))
+        return f"{len(feeds)} feeds declared"
+
+    checks.append(_attempt("declarations", declarations))
+    checks.append(_attempt("postgres", lambda: _examine_postgres(settings)))
+    for feed in feeds:
+        if isinstance(feed.origin, KafkaOrigin):
+            checks.append(_attempt(f"topic {feed.origin.topic}", partial(_examine_topic, settings, feed)))
+        else:
+            checks.append(_attempt(f"api {feed.name}", partial(_examine_api, settings, feed)))
+    checks.append(_attempt("dbt profile", lambda: _examine_profile(settings)))
+    return checks
+
+
+def _attempt(name: str, examine_: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, examine_())
+    except WarehouseError as error:
+        return Check(name, False, error.message, error.hint)
+
+
+def _check_disk(settings: Settings) -> Check:
+    folder = next(f for f in (settings.home, *settings.home.parents) if f.exists())
+    free = shutil.disk_usage(folder).free
+    return Check(
+        "disk",
+        free >= MIN_FREE_BYTES,
+        f"{free / 2**30:.1f} GiB free at {settings.home}",
+        "Loads spool their files here.",
+    )
+
+
+def _examine_postgres(settings: Settings) -> str:
+    connection = connect(settings, purpose="doctor")
+    try:
+        version = connection.server_version
+        with connection.cursor() as cursor:
+            cursor.execute("select has_database_privilege(current_database(), 'create')")
+            (may_create,) = cursor.fetchone() or (False,)
+            cursor.execute("select count(*) from pg_available_extensions where name = 'btree_gist'")
+            (has_gist,) = cursor.fetchone() or (0,)
+    finally:
+        connection.close()
+    place = where(settings.dsn or "")
+    if version < MIN_POSTGRES:
+        raise WarehouseError(f"Postgres at {place} is version {version // 10000}.", hint="Use Postgres 14 or later.")
+    if not may_create:
+        raise WarehouseError(f"The user may not create schemas in {place}.", hint="grant create on database ... to ...")
+    if not has_gist:
+        raise WarehouseError(
+            f"Postgres at {place} has no btree_gist extension.", hint="Install the contrib package of the server."
+        )
+    embedded = " (embedded)" if "postgres" in settings.embedded else ""
+    return f"version {version // 10000}.{version % 10000} at {place}{embedded}"
+
+
+def _examine_topic(settings: Settings, feed: FeedSpec) -> str:
+    from ingestion.kafka import TopicReader
+
+    reader = TopicReader(settings, feed)
+    try:
+        topic = reader.fetch_topic()
+    finally:
+        reader.close()
+    waiting = sum(end - start for start, end in topic.bounds.values())
+    embedded = " (embedded)" if "kafka" in settings.embedded else ""
+    return f"{len(topic.bounds)} partitions, {waiting:,} records kept, at {settings.kafka_bootstrap}{embedded}"
+
+
+def _examine_api(settings: Settings, feed: FeedSpec) -> str:
+    import datetime as dt
+
+    from ingestion.rest import EndpointReader, plan_windows
+
+    assert isinstance(feed.origin, RestOrigin)
+    reader = EndpointReader(settings, feed)
+    today = dt.datetime.now(dt.UTC)
+    # A week holds a business day; a day may hold none.
+    windows = plan_windows(feed.origin, today, today.date())[-1:]
+    records = sum(len(page.records) for page in reader.read(windows))
+    return f"{records} records from {windows[0][0]:%Y-%m-%d} on, at {reader.base_url}"
+
+
+def _examine_profile(settings: Settings) -> str:
+    from orchestration.transform import ensure_profiles
+
+    return str(ensure_profiles(settings))

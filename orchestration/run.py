@@ -1,0 +1,108 @@
+"""The main job: ingest every feed, build the models, check freshness, write the docs.
+
+The command line and Dagster both call this; it stops at the first layer that fails, and the run's history says where.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ingestion.database import connect
+from ingestion.ddl import ensure_schema
+from ingestion.errors import WarehouseError
+from ingestion.feeds import FeedSpec, load_feeds
+from ingestion.settings import Settings
+from orchestration import transform
+from orchestration.console import Reporter
+from orchestration.history import Run, recorded_run
+
+if TYPE_CHECKING:
+    from ingestion.landing import Landing
+
+
+@dataclass
+class RunReport:
+    """What a run did, layer by layer; a layer that was not reached is None."""
+
+    landings: list["Landing"] = field(default_factory=list)
+    build: transform.BuildReport | None = None
+    freshness: transform.BuildReport | None = None
+    docs: Path | None = None
+
+
+def prepare(settings: Settings) -> list[FeedSpec]:
+    """The declared feeds, with every table they need in place, so that plain dbt works before the first load."""
+    feeds = load_feeds(settings)
+    connection = connect(settings, purpose="prepare")
+    try:
+        ensure_schema(connection, feeds)
+    finally:
+        connection.close()
+    transform.ensure_profiles(settings)
+    return feeds
+
+
+def ingest(
+    settings: Settings, feeds: Sequence[FeedSpec], run: Run, reporter: Reporter, report: RunReport | None = None
+) -> list["Landing"]:
+    """Land the feeds one after the other. A feed that fails does not keep the others from landing.
+
+    Raises:
+        WarehouseError: the first failure, after every feed had its turn.
+    """
+    # Imported here: dlt takes a second to import.
+    from ingestion.landing import land_feed
+
+    report = report or RunReport()
+    failures: list[WarehouseError] = []
+    for feed in feeds:
+        try:
+            with run.step("ingest", feed.name) as step, reporter.task(feed.name) as task:
+                landing = land_feed(settings, feed, progress=task.update)
+                step.rows, step.dead = landing.landed, landing.dead
+        except WarehouseError as error:
+            failures.append(error)
+            reporter.line(f"{feed.name}: failed: {error.message}")
+            continue
+        report.landings.append(landing)
+        if landing.swept:
+            reporter.line(f"{feed.name}: swept {len(landing.swept)} load(s) an interrupted run left uncommitted")
+        reporter.line(
+            f"{feed.name}: offered {landing.offered:,}, landed {landing.landed:,}, dead {landing.dead:,} "
+            f"in {landing.seconds:.1f} s"
+        )
+    if failures:
+        first = failures[0]
+        if len(failures) > 1:
+            first.message += "".join(f"\n  also: {error.message}" for error in failures[1:])
+        raise first
+    return report.landings
+
+
+def run_all(settings: Settings, reporter: Reporter, *, command: str = "run", trigger: str = "manual") -> RunReport:
+    """Ingest all feeds, dbt build, source freshness, docs.
+
+    Raises:
+        WarehouseError: of the first layer that failed; layers before it stand.
+    """
+    feeds = prepare(settings)
+    report = RunReport()
+    connection = connect(settings, purpose=command)
+    try:
+        with recorded_run(connection, command, trigger, settings.project_dir) as run:
+            ingest(settings, feeds, run, reporter, report)
+            with run.step("build"), reporter.task("dbt build") as task:
+                report.build = transform.build(settings, on_node=lambda _n, _s, done, due: task.update(done, due))
+            counts = report.build.counts
+            reporter.line(
+                f"dbt build: {counts['model']} models, {counts['test'] + counts['unit_test']} tests, "
+                f"{counts['seed']} seeds in {report.build.seconds:.1f} s"
+            )
+            with run.step("freshness"), reporter.task("dbt source freshness"):
+                report.freshness = transform.check_freshness(settings)
+            with run.step("docs"), reporter.task("dbt docs generate"):
+                report.docs = transform.write_docs(settings)
+    finally:
+        connection.close()
+    return report

@@ -1,0 +1,203 @@
+"""dbt in this process: one `dbtRunner`, the same project and profile as the plain `dbt` command.
+
+Builds, checks freshness and writes the docs site; turns dbt's results into short reports and errors that name the
+models and tests that failed. Adds nothing that plain dbt would not do.
+"""
+
+import contextlib
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import psycopg2.extensions
+
+from ingestion.errors import ConfigurationError, DataError, WarehouseError
+from ingestion.settings import Settings
+
+# (node name, its status, nodes finished, nodes in all or None)
+OnNode = Callable[[str, str, int, int | None], None]
+
+LINEAGE_PAGE = "static_index.html"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A node that did not pass: its unique id, status and dbt's message."""
+
+    node: str
+    status: str
+    message: str
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a dbt invocation did: nodes by kind (model, test, seed, ...) and what failed."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    failures: tuple[Failure, ...] = ()
+    warnings: tuple[Failure, ...] = ()
+    seconds: float = 0.0
+
+
+def profile_environment(settings: Settings) -> dict[str, str]:
+    """The variables `profiles.yml` reads, from WAREHOUSE_DSN."""
+    try:
+        parts = psycopg2.extensions.parse_dsn(settings.require("WAREHOUSE_DSN", "dbt needs a Postgres"))
+    except psycopg2.ProgrammingError:
+        raise ConfigurationError(
+            "WAREHOUSE_DSN cannot be read as a Postgres connection string.",
+            hint="Its form is postgresql://user:password@host:5432/database.",
+        ) from None
+    return {
+        "WAREHOUSE_DB_HOST": parts.get("host", "127.0.0.1"),
+        "WAREHOUSE_DB_PORT": parts.get("port", "5432"),
+        "WAREHOUSE_DB_USER": parts.get("user", "warehouse"),
+        "WAREHOUSE_DB_PASSWORD": parts.get("password", ""),
+        "WAREHOUSE_DB_NAME": parts.get("dbname", "warehouse"),
+    }
+
+
+def ensure_profiles(settings: Settings) -> Path:
+    """Make profiles.yml from profiles.yml.example where there is none, its defaults those of the server in use."""
+    path = settings.project_dir / "profiles.yml"
+    if path.exists():
+        return path
+    text = (settings.project_dir / "profiles.yml.example").read_text(encoding="utf-8")
+    for name, value in profile_environment(settings).items():
+        if "'" in value or '"' in value or "\\" in value:
+            continue  # cannot stand in the file's quotes; the variable says it
+        text = re.sub(rf"(env_var\('{name}', ')[^']*'", rf"\g<1>{value}'", text)
+    # The embedded server's password is in it.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+    return path
+
+
+@contextlib.contextmanager
+def _dbt_environment(settings: Settings) -> Iterator[None]:
+    """The process environment dbt reads, put back afterwards."""
+    ensure_profiles(settings)
+    wanted = {
+        **profile_environment(settings),
+        "DBT_PROJECT_DIR": str(settings.project_dir),
+        "DBT_PROFILES_DIR": str(settings.project_dir),
+        "DBT_SEND_ANONYMOUS_USAGE_STATS": "false",
+    }
+    for name in ("WAREHOUSE_SCHEMA",):
+        if value := settings.get(name):
+            wanted[name] = value
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def run_dbt(settings: Settings, arguments: Sequence[str], on_node: OnNode | None = None) -> Any:
+    """Run one dbt command in this process and return dbt's own result object.
+
+    Raises:
+        ConfigurationError: dbt could not run at all (the project does not parse, the profile is wrong).
+    """
+    # Imported here: dbt takes seconds to import.
+    from dbt.cli.main import dbtRunner
+
+    finished = 0
+    total: int | None = None
+
+    def on_event(event: Any) -> None:
+        nonlocal finished, total
+        if on_node is None:
+            return
+        info = event.data
+        if event.info.name == "NodeFinished":
+            finished += 1
+            node = info.node_info
+            on_node(node.node_name, node.node_status, finished, total)
+        elif event.info.name == "ConcurrencyLine":
+            total = info.node_count
+
+    with _dbt_environment(settings):
+        result = dbtRunner(callbacks=[on_event]).invoke([*arguments, "--quiet", "--log-level", "none"])
+    if result.exception is not None:
+        text = " ".join(str(result.exception).split())
+        raise ConfigurationError(f"dbt {arguments[0]} could not run: {text[:1500]}", hint="`dbt parse` says more.")
+    return result
+
+
+def summarise(result: Any) -> BuildReport:
+    """dbt's results -> counts by kind, failures and warnings."""
+    counts: Counter[str] = Counter()
+    failures: list[Failure] = []
+    warnings: list[Failure] = []
+    for one in getattr(result.result, "results", None) or []:
+        kind = str(getattr(one.node, "resource_type", "source"))
+        status = str(one.status)
+        counts[kind] += 1
+        entry = Failure(one.node.unique_id, status, " ".join((one.message or "").split()))
+        if status in ("error", "fail", "runtime error"):
+            failures.append(entry)
+        elif status == "warn":
+            warnings.append(entry)
+        elif status in ("skipped", "partial success"):
+            counts["skipped"] += 1
+    return BuildReport(counts, tuple(failures), tuple(warnings), float(getattr(result.result, "elapsed_time", 0) or 0))
+
+
+def build(settings: Settings, arguments: Sequence[str] = (), on_node: OnNode | None = None) -> BuildReport:
+    """`dbt build`.
+
+    Raises:
+        DataError: a model, test or seed failed; the message names each.
+    """
+    report = summarise(run_dbt(settings, ["build", *arguments], on_node))
+    if report.failures:
+        raise _failed("dbt build", report, "`dbt retry` runs only what failed; target/compiled has the tests' SQL.")
+    return report
+
+
+def check_freshness(settings: Settings) -> BuildReport:
+    """`dbt source freshness`.
+
+    Raises:
+        DataError: a source is older than its `error_after`.
+    """
+    report = summarise(run_dbt(settings, ["source", "freshness"]))
+    if report.failures:
+        raise _failed("dbt source freshness", report, "`warehouse status` shows age and lag of every feed.")
+    return report
+
+
+def write_docs(settings: Settings) -> Path:
+    """`dbt docs generate --static`: the lineage site as one offline page."""
+    result = run_dbt(settings, ["docs", "generate", "--static"])
+    page = settings.project_dir / "target" / LINEAGE_PAGE
+    if not result.success or not page.is_file():
+        raise WarehouseError("dbt docs generate did not write the lineage page.", hint="Run it plainly to see why.")
+    return page
+
+
+def _failed(command: str, report: BuildReport, hint: str) -> DataError:
+    lines = [f"{command}: {len(report.failures)} failed"]
+    for failure in report.failures[:10]:
+        kind, _, name = failure.node.partition(".")
+        lines.append(f"  {kind} {name.partition('.')[2] or name}: {failure.message[:300]}")
+    if len(report.failures) > 10:
+        lines.append(f"  and {len(report.failures) - 10} more")
+    return DataError("\n".join(lines), hint=hint)
+
+
+def quoted_file_url(path: Path) -> str:
+    """file:// URL of a page, for a terminal to click."""
+    return "file://" + quote(str(path.resolve()))
