@@ -192,8 +192,8 @@ class _Located(dict[str, Any]):
     key_lines: dict[str, int]
 
 
-class _LocatingLoader(yaml.SafeLoader):
-    pass
+class _LocatingLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """libyaml's parser where PyYAML was built with it."""
 
 
 def _construct_located(loader: _LocatingLoader, node: yaml.MappingNode) -> Iterator[_Located]:
@@ -357,18 +357,21 @@ def _parse_table(
     if source.get("schema", source_name) != source_name:
         raise declaration.error(source.key_lines["schema"], f"{label}: the schema is the source's name; leave it out")
     columns: list[ColumnSpec] = []
+    lines: list[_Located] = []
     for column in declaration.sequence(table.get("columns", []), table, f"`columns` of {label}"):
-        spec = _parse_column(declaration, root, declaration.mapping(column, table, "a column"), label)
+        located = declaration.mapping(column, table, "a column")
+        spec = _parse_column(declaration, root, located, label)
         if any(spec.name == other.name for other in columns):
-            raise declaration.error(column, f"{label}: column {spec.name} stands twice")
+            raise declaration.error(located, f"{label}: column {spec.name} stands twice")
         columns.append(spec)
+        lines.append(located)
     if not columns:
         raise declaration.error(table, f"{label} declares no columns")
     names = {column.name for column in columns}
-    for column in columns:
-        for rule in column.rules:
+    for spec, located in zip(columns, lines, strict=True):
+        for rule in spec.rules:
             if isinstance(rule, ExactInCurrency) and rule.currency_column not in names:
-                raise declaration.error(table, f"{label}: {rule.currency_column} is not a column")
+                raise declaration.error(located, f"{label}: {rule.currency_column} is not a column")
     feed_meta = declaration.mapping(meta["feed"], meta, "`feed`")
     return FeedSpec(
         source=source_name,

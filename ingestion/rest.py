@@ -69,7 +69,7 @@ class EndpointReader:
         self.base_url = settings.require(feed.origin.base_url, f"{feed.name} is read from there").rstrip("/")
         client = Client(
             request_timeout=REQUEST_TIMEOUT_S,
-            raise_for_status=True,
+            raise_for_status=False,  # dlt's REST client raises by itself
             request_max_attempts=MAX_ATTEMPTS,
             request_backoff_factor=BACKOFF_FACTOR_S,
             request_max_retry_delay=MAX_DELAY_S,
