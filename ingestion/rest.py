@@ -180,8 +180,7 @@ def split_page(body: Any, records: RecordsSpec, feed: FeedSpec) -> Iterator[Any]
     found: Any = body
     for name in filter(None, records.path.split(".")):
         found = found.get(name) if isinstance(found, dict) else None
-    wanted: type = dict if records.keys else list
-    if not isinstance(found, wanted):
+    if not (isinstance(found, dict) if records.keys else isinstance(found, list)):
         raise ConfigurationError(
             f"{feed.name}: the API's answer has no {'object' if records.keys else 'list'} at `{records.path}`.",
             hint=f"Check the address and `records` in {feed.file}:{feed.line}.",

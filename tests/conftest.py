@@ -67,9 +67,9 @@ def database_dsn(server_dsn: str) -> Iterator[str]:
 def warehouse(services: Settings, database_dsn: str, tmp_path: Path) -> Settings:
     """Settings of a warehouse of the test's own: fresh database, fresh home, the session's broker and API.
 
-    `WAREHOUSE_EMBEDDED` is empty: the broker counts as one of the user's, and is not allowed to forget.
+    The broker has a name of its own, so that it counts as one of the user's and is not allowed to forget.
     """
-    settings = services.with_env(WAREHOUSE_DSN=database_dsn, WAREHOUSE_EMBEDDED="")
+    settings = services.with_env(WAREHOUSE_DSN=database_dsn, KAFKA_CLUSTER_INCARNATION="cluster-of-the-tests")
     return replace(settings, home=tmp_path / "home")
 
 

@@ -1,0 +1,70 @@
+"""Fixtures of the integration tests: topics of their own on the embedded broker, and what stands in the database."""
+
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import psycopg2.extensions
+import pytest
+from confluent_kafka import Producer
+
+from ingestion.feeds import FeedSpec, KafkaOrigin
+from ingestion.settings import Settings
+
+Connection = psycopg2.extensions.connection
+
+
+@pytest.fixture
+def own_topic(feed_named: Callable[[str], FeedSpec]) -> Callable[[str], FeedSpec]:
+    """A declared Kafka feed, reading a topic nobody else uses (the embedded broker makes it on first use)."""
+
+    def make(name: str) -> FeedSpec:
+        feed = feed_named(name)
+        assert isinstance(feed.origin, KafkaOrigin)
+        return replace(feed, origin=replace(feed.origin, topic=f"test_{uuid.uuid4().hex[:12]}"))
+
+    return make
+
+
+@pytest.fixture
+def send(services: Settings) -> Callable[..., None]:
+    """Send (key, value) pairs to a feed's topic and wait until the broker has them."""
+
+    def send_all(
+        feed: FeedSpec, records: Iterable[tuple[bytes | None, bytes | None]], partition: int | None = None
+    ) -> None:
+        assert isinstance(feed.origin, KafkaOrigin)
+        producer = Producer(
+            {
+                "bootstrap.servers": services.kafka_bootstrap,
+                "broker.address.family": "v4",
+                "message.max.bytes": 4_000_000,
+                "compression.type": "lz4",
+            }
+        )
+        failed: list[object] = []
+        for key, value in records:
+            place = {} if partition is None else {"partition": partition}
+            producer.produce(
+                feed.origin.topic,
+                key=key,
+                value=value,
+                on_delivery=lambda error, _: failed.append(error) if error else None,
+                **place,
+            )
+        assert producer.flush(30) == 0
+        assert not failed, failed
+
+    return send_all
+
+
+@pytest.fixture
+def query(connection: Connection) -> Callable[..., list[tuple]]:
+    """Rows of a statement."""
+
+    def ask(statement: str, *values: object) -> list[tuple]:
+        with connection.cursor() as cursor:
+            cursor.execute(statement, values or None)
+            return cursor.fetchall() if cursor.description else []
+
+    return ask
