@@ -31,10 +31,12 @@ def clean_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 @pytest.fixture(scope="session")
 def services(clean_settings: Settings) -> Iterator[Settings]:
     """The embedded services, up for the session."""
-    from orchestration.services import running
+    from orchestration.services import erase, running
 
     with running(clean_settings) as settings:
         yield settings
+    # Run by root, the data may lie outside the home, where Postgres' user can reach it.
+    erase(clean_settings, force=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,146 @@
+"""Ways to bring one topic into Postgres, each run alone in a process of its own: `python -m tests.bench.contestants`.
+
+    warehouse   ours: contract, dead letters, ledger, fence
+    dlt         plain dlt: dicts, default loader, settings as installed
+    limit       consume and binary COPY of coordinates and raw value, nothing parsed: what the machine allows
+
+Prints one JSON line: seconds of the whole process from its start, rows committed, peak memory.
+"""
+
+import json
+import os
+import resource
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to land: `records` of a topic, from `bootstrap` into the (fresh) database of `dsn`."""
+
+    bootstrap: str
+    topic: str
+    records: int
+    dsn: str
+    folder: str
+
+
+def consume(task: Task) -> Iterator[list[Any]]:
+    """The topic once, in batches, with the settings our own loader reads with."""
+    from confluent_kafka import Consumer, KafkaError, TopicPartition
+
+    consumer = Consumer(
+        {
+            "bootstrap.servers": task.bootstrap,
+            "broker.address.family": "v4",
+            "group.id": "bench",
+            "enable.auto.commit": False,
+            "enable.partition.eof": True,
+            "fetch.queue.backoff.ms": 10,
+        }
+    )
+    partitions = consumer.list_topics(task.topic).topics[task.topic].partitions
+    consumer.assign([TopicPartition(task.topic, partition, 0) for partition in partitions])
+    left = len(partitions)
+    while left:
+        batch = []
+        for message in consumer.consume(20_000, 0.05):
+            if message.error() is None:
+                batch.append(message)
+            elif message.error().code() == KafkaError._PARTITION_EOF:
+                left -= 1
+            else:
+                raise RuntimeError(message.error().str())
+        if batch:
+            yield batch
+    consumer.close()
+
+
+def land_limit(task: Task) -> None:
+    import io
+
+    import psycopg2
+
+    connection = psycopg2.connect(task.dsn)
+    copy = "copy raw_limit from stdin (format binary)"
+    with connection, connection.cursor() as cursor:
+        cursor.execute("create table raw_limit (partition int not null, position bigint not null, value bytea)")
+        for batch in consume(task):
+            parts = [b"PGCOPY\n\xff\r\n\0" + struct.pack("!ii", 0, 0)]
+            for message in batch:
+                value = message.value()
+                parts.append(struct.pack("!hiiiqi", 3, 4, message.partition(), 8, message.offset(), len(value)))
+                parts.append(value)
+            parts.append(struct.pack("!h", -1))
+            cursor.copy_expert(copy, io.BytesIO(b"".join(parts)), size=1 << 20)
+    connection.close()
+
+
+def land_dlt(task: Task) -> None:
+    os.environ["RUNTIME__DLTHUB_TELEMETRY"] = "false"
+    import dlt
+
+    @dlt.resource(name="transaction_created", write_disposition="append")
+    def transaction_created() -> Iterator[dict[str, Any]]:
+        for batch in consume(task):
+            for message in batch:
+                yield json.loads(message.value())
+
+    pipeline = dlt.pipeline(
+        "bench",
+        pipelines_dir=task.folder,
+        destination=dlt.destinations.postgres(task.dsn),
+        dataset_name="raw_payments",
+    )
+    pipeline.run(transaction_created())
+
+
+def land_warehouse(task: Task) -> None:
+    from ingestion.feeds import load_feeds, select_feeds
+    from ingestion.landing import land_feed
+    from ingestion.settings import load_settings
+
+    settings = load_settings(PROJECT).with_env(WAREHOUSE_DSN=task.dsn, KAFKA_BOOTSTRAP_SERVERS=task.bootstrap)
+    settings = replace(settings, home=Path(task.folder))
+    (feed,) = select_feeds(load_feeds(settings), ["raw_payments.transaction_created"])
+    feed = replace(feed, origin=replace(feed.origin, topic=task.topic))
+    landing = land_feed(settings, feed)
+    if landing.landed != task.records:
+        raise RuntimeError(f"landed {landing.landed} of {task.records}: {landing}")
+
+
+CONTESTANTS = {"limit": land_limit, "dlt": land_dlt, "warehouse": land_warehouse}
+TABLES = {
+    "limit": "public.raw_limit",
+    "dlt": "raw_payments.transaction_created",
+    "warehouse": "raw_payments.transaction_created",
+}
+
+
+def main() -> None:
+    name, started, document = sys.argv[1], float(sys.argv[2]), json.loads(sys.argv[3])
+    task = Task(**document)
+    CONTESTANTS[name](task)
+    seconds = time.time() - started
+    import psycopg2
+
+    connection = psycopg2.connect(task.dsn)
+    with connection.cursor() as cursor:
+        cursor.execute(f"select count(*) from {TABLES[name]}")
+        (rows,) = cursor.fetchone() or (0,)
+    connection.close()
+    if rows != task.records:
+        raise RuntimeError(f"{name} brought {rows} of {task.records} rows")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": seconds, "rows": rows, "peak_mb": peak}))
+
+
+if __name__ == "__main__":
+    main()
