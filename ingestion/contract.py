@@ -27,13 +27,15 @@ MAX_DEPTH = 500
 MAX_INTEGER_DIGITS = 131_072
 MAX_FRACTION_DIGITS = 16_383
 
-UUID = re.compile(r"[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}")
+# Values of one column whose verdict is remembered.
+MAX_KNOWN = 65_536
+
 INTEGER = re.compile(r"-?[0-9]+")
 PLAIN_NUMBER = re.compile(r"-?([0-9]+)(?:\.([0-9]+))?")
 DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 # RFC 3339 with an offset Postgres takes (less than 16 hours).
 TIMESTAMP = re.compile(
-    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]{1,9})?)?"
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ](?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9](?:\.[0-9]{1,9})?)?"
     r"(?:Z|[+-](?:0[0-9]|1[0-5]):[0-5][0-9])"
 )
 TIMESTAMP_WITHOUT_ZONE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]+)?)?")
@@ -101,17 +103,28 @@ class Contract:
             for column, item in zip(self._columns, msgspec.structs.astuple(struct), strict=True):
                 if item.__class__ is str:
                     quotes += 4
-                    cells.append(column.check(item))
                 elif item is msgspec.UNSET:
                     if column.required:
                         return self._decode_carefully(value)
                     cells.append(None)
+                    continue
                 elif item is None or column.kind == "json":
                     return self._decode_carefully(value)
                 else:
                     quotes += 2
-                    cells.append(column.check(str(item, "ascii") if column.kind == "number" else item))
-            self._check_exact(cells)
+                    if column.kind == "number":
+                        item = str(item, "ascii")
+                known = column.known
+                cell = known.get(item)
+                if cell is None:
+                    cell = column.check(item)
+                    if column.repeats:
+                        if len(known) >= MAX_KNOWN:
+                            known.clear()
+                        known[item] = cell
+                cells.append(cell)
+            if self._exact:
+                self._check_exact(cells)
         except (_RejectedError, UnicodeDecodeError):
             return self._decode_carefully(value)
         # A repeated key, an escaped quote or a nested object each add quotes: as many as there must be means none.
@@ -158,7 +171,10 @@ class Contract:
             exponent = exponents.get(currency)
             if exponent is None:
                 raise _RejectedError(Reason.NOT_ACCEPTED, "the amount's currency is not in ISO 4217", f"$.{name}")
-            decimals = len(amount.partition(".")[2].rstrip("0"))
+            point = amount.find(".")
+            if point < 0 or len(amount) - point - 1 <= exponent:
+                continue
+            decimals = len(amount[point + 1 :].rstrip("0"))
             if decimals > exponent:
                 raise _RejectedError(
                     Reason.OUT_OF_RANGE, f"has {decimals} decimals, its currency has {exponent}", f"$.{name}"
@@ -193,6 +209,9 @@ class _Column:
             "jsonb": "json",
         }.get(spec.type.name, "text")
         self.check: Any = _build_check(spec)
+        # A check is a function of the value alone. Most columns repeat their values, keys and times do not.
+        self.repeats = spec.type.name not in ("uuid", "timestamptz", "jsonb")
+        self.known: dict[Any, str] = {}
 
     def from_json(self, item: Any, raw: msgspec.Raw) -> str:
         """The cell of a parsed value (`item`) whose exact text is `raw`."""
@@ -365,7 +384,7 @@ def _build_check(spec: ColumnSpec) -> Check | Callable[[bool], str]:
         case "date":
             return _then(_check_date, rules)
         case "timestamptz":
-            return _then(_check_timestamp, rules)
+            return _remember_days(_then(_check_timestamp, rules), spec)
         case _:
             return _then(None, rules)
 
@@ -393,9 +412,14 @@ def _then(check: Check | None, rules: list[Callable[[str], None]]) -> Check:
 
 
 def _check_uuid(text: str) -> str:
-    if not UUID.fullmatch(text):
-        raise _RejectedError(Reason.WRONG_TYPE, "not a UUID")
-    return text
+    # Five times quicker than a regular expression; fromhex skips blanks, so the length is looked at too.
+    if len(text) == 36 and text[8] == text[13] == text[18] == text[23] == "-":
+        try:
+            if len(bytes.fromhex(text.replace("-", ""))) == 16:
+                return text
+        except ValueError:
+            pass
+    raise _RejectedError(Reason.WRONG_TYPE, "not a UUID")
 
 
 def _build_integer_check(name: str) -> Check:
@@ -455,6 +479,35 @@ def _check_timestamp(text: str) -> str:
     except ValueError:
         raise _RejectedError(Reason.INVALID_TIMESTAMP, "not a time of the calendar") from None
     return text
+
+
+def _remember_days(check: Check, spec: ColumnSpec) -> Check:
+    """The same check, quicker: a day that stands in the calendar and well inside the ranges is looked at once.
+
+    Within such a day the form alone decides; an offset moves a time by less than a day.
+    """
+    if any(not isinstance(rule, Range) for rule in spec.rules):
+        return check
+    good_days: set[str] = set()
+    has_form = TIMESTAMP.fullmatch
+
+    def check_day_once(text: str) -> str:
+        day = text[:10]
+        if day in good_days and has_form(text):
+            return text
+        cell = check(text)
+        try:
+            middle = dt.date.fromisoformat(day)
+            for other in (middle - dt.timedelta(days=2), middle + dt.timedelta(days=2)):
+                check(f"{other.isoformat()}T00:00:00Z")
+        except (_RejectedError, OverflowError):
+            return cell
+        if len(good_days) >= MAX_KNOWN:
+            good_days.clear()
+        good_days.add(day)
+        return cell
+
+    return check_day_once
 
 
 def _build_rule(rule: Rule, spec: ColumnSpec) -> Callable[[str], None]:

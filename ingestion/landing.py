@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Message
 from psycopg2 import sql
@@ -32,6 +33,8 @@ from ingestion.settings import Settings
 
 # Records read into one load. Bounds what a killed run repeats and the disk the CSV files take, not the memory.
 RECORDS_PER_LOAD = 500_000
+
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 # (records read so far, records due or None when the source cannot say)
 Progress = Callable[[int, int | None], None]
@@ -112,17 +115,16 @@ class _Tally:
         self.first = first
         self.next = first
         self.seen = self.landed = self.dead = self.tombstones = self.unchanged = self.drifted = self.bytes = 0
-        self.times: list[dt.datetime] = []
+        self.earliest: int | None = None
+        self.latest = 0
 
-    def add_time(self, time_: dt.datetime | None) -> None:
-        if time_ is None:
-            return
-        if not self.times:
-            self.times = [time_, time_]
-        elif time_ < self.times[0]:
-            self.times[0] = time_
-        elif time_ > self.times[1]:
-            self.times[1] = time_
+    def add_time(self, milliseconds: int) -> None:
+        if self.earliest is None:
+            self.earliest = self.latest = milliseconds
+        elif milliseconds < self.earliest:
+            self.earliest = milliseconds
+        elif milliseconds > self.latest:
+            self.latest = milliseconds
 
     def interval(self, partition: int) -> Interval:
         return Interval(
@@ -133,8 +135,8 @@ class _Tally:
             unchanged=self.unchanged,
             drifted=self.drifted,
             bytes=self.bytes,
-            source_time_min=self.times[0] if self.times else None,
-            source_time_max=self.times[1] if self.times else None,
+            source_time_min=None if self.earliest is None else _time_text(self.earliest),
+            source_time_max=None if self.earliest is None else _time_text(self.latest),
         )
 
 
@@ -241,10 +243,10 @@ def _decode_messages(
         tally.seen += 1
         tally.next = offset + 1
         kind, milliseconds = message.timestamp()
-        source_time = None
+        sent_at = None
         if kind != TIMESTAMP_NOT_AVAILABLE:
-            source_time = _from_milliseconds(milliseconds)
-            tally.add_time(source_time)
+            sent_at = _time_text(milliseconds)
+            tally.add_time(milliseconds)
         if value is None:
             tally.tombstones += 1
             continue
@@ -258,7 +260,7 @@ def _decode_messages(
             package.add_row(
                 decoded.cells,
                 decoded.extra,
-                (str(partition), str(offset), cell(source_time), cell(message.key()), headers),
+                (str(partition), str(offset), sent_at, cell(message.key()), headers),
             )
         else:
             tally.dead += 1
@@ -268,19 +270,24 @@ def _decode_messages(
                 value,
                 key=message.key(),
                 headers=headers,
-                source_time=source_time,
+                source_time=sent_at,
                 kafka=(partition, offset),
             )
 
 
-_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
-
-
-def _from_milliseconds(milliseconds: int) -> dt.datetime | None:
+@lru_cache(maxsize=1024)
+def _second_text(seconds: int) -> str | None:
     try:
-        return _EPOCH + dt.timedelta(milliseconds=milliseconds)
+        return (_EPOCH + dt.timedelta(seconds=seconds)).strftime("%Y-%m-%d %H:%M:%S")
     except OverflowError:
         return None
+
+
+def _time_text(milliseconds: int) -> str | None:
+    """A Kafka timestamp as Postgres reads it; None for one beyond the calendar. Streams repeat their seconds."""
+    seconds, rest = divmod(milliseconds, 1000)
+    text = _second_text(seconds)
+    return None if text is None else f"{text}.{rest:03d}+00"
 
 
 # --- REST -------------------------------------------------------------------------------------------------------------

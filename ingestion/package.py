@@ -78,8 +78,8 @@ class Interval:
     lost: int = 0
     drifted: int = 0
     bytes: int = 0
-    source_time_min: datetime | None = None
-    source_time_max: datetime | None = None
+    source_time_min: str | None = None
+    source_time_max: str | None = None
 
     @property
     def offered(self) -> int:
@@ -123,6 +123,18 @@ def headers_json(headers: Sequence[tuple[str, bytes | None]] | None) -> str | No
     return json.dumps(pairs, ensure_ascii=False)
 
 
+# Stands for NULL while a line is joined: no text in Postgres holds a NUL, so no cell does.
+_NULL = "\x00"
+
+
+def csv_line(cells: Sequence[str | None]) -> str:
+    """One line as COPY reads it back: every text quoted ('' stays ''), NULL an empty field without quotes."""
+    line = '"' + '","'.join([c if c is not None else _NULL for c in cells]) + '"\n'
+    if line.count('"') != 2 * len(cells):
+        return ",".join(['"' + c.replace('"', '""') + '"' if c is not None else "" for c in cells]) + "\n"
+    return line.replace('"\x00"', "")
+
+
 class _CsvFiles:
     """Rows of one table, in files of at most ROWS_PER_FILE."""
 
@@ -141,7 +153,7 @@ class _CsvFiles:
             self._file = path.open("w", encoding="utf-8", newline="")
             self._file.write(",".join(self.columns) + "\n")
             self.paths.append((path, 0))
-        self._file.write(",".join(['"' + c.replace('"', '""') + '"' if c is not None else "" for c in cells]) + "\n")
+        self._file.write(csv_line(cells))
         self._rows += 1
         if self._rows == ROWS_PER_FILE:
             self.close()
@@ -179,7 +191,7 @@ class Package:
         *,
         key: bytes | None = None,
         headers: str | None = None,
-        source_time: datetime | None = None,
+        source_time: str | None = None,
         kafka: tuple[int, int] | None = None,
         api: tuple[datetime, datetime, int, int] | None = None,
     ) -> None:

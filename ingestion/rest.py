@@ -1,21 +1,22 @@
 """Reading a REST endpoint through dlt's `rest_api`: windows of days, page by page, each record as exact JSON bytes.
 
 Numbers keep their digits (never a float). Answers that ask to come back later (429, 5xx, a cut body) are tried
-again, with Retry-After honoured; what is no answer of this API is one clear error. Refuses to guess at a page of
-another shape.
+again, with Retry-After honoured, and an empty one is asked for once more; what is no answer of this API is one clear
+error. Refuses to guess at a page of another shape.
 """
 
 import datetime as dt
 import json
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any
 
 import msgspec
 import requests
 from dlt.sources.helpers.requests import Client
 from dlt.sources.rest_api import rest_api_resources
+from requests.adapters import HTTPAdapter
 
 from ingestion.errors import AuthenticationError, ConfigurationError, TransientError, WarehouseError
 from ingestion.feeds import FeedSpec, RecordsSpec, RestOrigin
@@ -25,6 +26,10 @@ REQUEST_TIMEOUT_S = 30
 MAX_ATTEMPTS = 6
 BACKOFF_FACTOR_S = 0.5
 MAX_DELAY_S = 30
+# Where a parsed page stands in what dlt gets to see.
+PAGE = "page"
+# A window may hold nothing, and an API that is not well may say so of one that holds something.
+EMPTY_PAGE_ATTEMPTS = 2
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,11 @@ class EndpointReader:
             request_max_attempts=MAX_ATTEMPTS,
             request_backoff_factor=BACKOFF_FACTOR_S,
             request_max_retry_delay=MAX_DELAY_S,
+            retry_condition=_is_cut,
         )
         self._session = client.session
-        self._session.hooks["response"].append(_parse_numbers_exactly)
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, _ExactAdapter())
 
     def read(self, windows: list[tuple[dt.datetime, dt.datetime]]) -> Iterator[Page]:
         """The pages of the windows, in order.
@@ -84,14 +91,18 @@ class EndpointReader:
             TransientError, AuthenticationError, ConfigurationError: by what the API answered; nothing half-read is
                 yielded.
         """
-        number = 0
-        for start, stop in windows:
-            for body in self._fetch(start, stop):
-                number += 1
+        for number, (start, stop) in enumerate(windows, start=1):
+            records: list[bytes] = []
+            for attempt in range(EMPTY_PAGE_ATTEMPTS):
+                if attempt:
+                    time.sleep(BACKOFF_FACTOR_S)
+                body = self._fetch(start, stop)
                 records = [encode_record(record) for record in split_page(body, self.origin.records, self.feed)]
-                yield Page(start, stop, number, records, sum(map(len, records)))
+                if records:
+                    break
+            yield Page(start, stop, number, records, sum(map(len, records)))
 
-    def _fetch(self, start: dt.datetime, stop: dt.datetime) -> Iterator[Any]:
+    def _fetch(self, start: dt.datetime, stop: dt.datetime) -> Any:
         placeholders = {"{from}": f"{start:%Y-%m-%d}", "{to}": f"{stop - dt.timedelta(days=1):%Y-%m-%d}"}
         resource = rest_api_resources(
             {
@@ -113,16 +124,25 @@ class EndpointReader:
             }
         )[0]
         try:
-            yield from iter(resource)
+            (body,) = resource
         except Exception as error:
             raise self._classify(error) from error
+        return body[PAGE]
 
     def _classify(self, error: BaseException) -> WarehouseError:
         link: BaseException | None = error
         while link is not None:
             if isinstance(link, WarehouseError):
                 return link
-            if isinstance(link, requests.exceptions.JSONDecodeError | json.JSONDecodeError):
+            if isinstance(
+                link,
+                requests.exceptions.InvalidURL | requests.exceptions.MissingSchema | requests.exceptions.InvalidSchema,
+            ):
+                return ConfigurationError(
+                    f"{self.feed.name}: {self.origin.base_url} is not the address of an HTTP API.",
+                    hint="Its form is https://host or http://host:port.",
+                )
+            if isinstance(link, json.JSONDecodeError | UnicodeDecodeError | RecursionError):
                 return TransientError(
                     f"{self.feed.name}: {self.base_url} answered with something that is not JSON.",
                     hint=f"Is {self.origin.base_url} the API's address? A proxy's page or a cut answer looks so too.",
@@ -154,21 +174,83 @@ def _fill(text: str, placeholders: Mapping[str, str]) -> str:
     return text
 
 
-def _parse_numbers_exactly(response: requests.Response, *_: Any, **__: Any) -> None:
-    """Make `.json()` keep every digit; requests would make floats."""
+class _ExactAdapter(HTTPAdapter):
+    """Answers whose `.json()` is {PAGE: the parsed page}.
 
-    def parse(**_: Any) -> Any:
-        return json.loads(response.content, parse_float=Decimal, parse_int=Decimal)
+    As an adapter, because dlt's own response hooks take the place of the session's. Wrapped, because dlt would take a
+    page that is a list for its records.
+    """
 
-    response.json = parse  # type: ignore[method-assign]
+    def build_response(self, req: requests.PreparedRequest, resp: Any) -> requests.Response:
+        response = super().build_response(req, resp)
+        pages: list[Any] = []
+
+        def parse(**_: Any) -> Any:
+            if not pages:
+                pages.append(parse_page(response.content))
+            return {PAGE: pages[0]}
+
+        response.json = parse  # type: ignore[method-assign]
+        return response
 
 
-_encoder = msgspec.json.Encoder(decimal_format="number")
+def _is_cut(response: requests.Response | None, _: BaseException | None) -> bool:
+    """Whether an answer says it is JSON and is none, as a body cut on its way. HTML is not asked for again."""
+    if response is None or not response.ok or "json" not in response.headers.get("Content-Type", ""):
+        return False
+    try:
+        response.json()
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+
+def parse_page(content: bytes) -> Any:
+    """An answer's JSON with every number as the token it was sent as, and no repeated name dropped.
+
+    An object that holds a name twice stays JSON text (`msgspec.Raw`): as a dict it would lose one of them.
+
+    Raises:
+        ValueError, RecursionError: it is not JSON, or nested beyond what Python parses.
+    """
+    return json.loads(
+        content,
+        parse_float=_to_token,
+        parse_int=_to_token,
+        parse_constant=_to_token,  # NaN is no JSON; the contract says so of the one record that holds it
+        object_pairs_hook=_to_object,
+    )
+
+
+def _to_token(token: str) -> msgspec.Raw:
+    return msgspec.Raw(token.encode())
+
+
+def _to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | msgspec.Raw:
+    members = dict(pairs)
+    if len(members) == len(pairs):
+        return members
+    return msgspec.Raw(b"{" + b",".join(encode_record(k) + b":" + encode_record(v) for k, v in pairs) + b"}")
+
+
+_encoder = msgspec.json.Encoder()
 
 
 def encode_record(record: Any) -> bytes:
     """A parsed record as JSON bytes, digit for digit."""
-    return _encoder.encode(record)
+    try:
+        return _encoder.encode(record)
+    except UnicodeEncodeError:
+        return _encode_escaped(record).encode("ascii")
+
+
+def _encode_escaped(node: Any) -> str:
+    """JSON in ASCII: half of a surrogate pair has no UTF-8, and the contract is to see it."""
+    if isinstance(node, dict):
+        return "{" + ",".join(f"{json.dumps(key)}:{_encode_escaped(child)}" for key, child in node.items()) + "}"
+    if isinstance(node, list):
+        return "[" + ",".join(map(_encode_escaped, node)) + "]"
+    return bytes(node).decode() if isinstance(node, msgspec.Raw) else json.dumps(node)
 
 
 def split_page(body: Any, records: RecordsSpec, feed: FeedSpec) -> Iterator[Any]:
@@ -185,7 +267,8 @@ def split_page(body: Any, records: RecordsSpec, feed: FeedSpec) -> Iterator[Any]
             f"{feed.name}: the API's answer has no {'object' if records.keys else 'list'} at `{records.path}`.",
             hint=f"Check the address and `records` in {feed.file}:{feed.line}.",
         )
-    copied = {column: body[name] for column, name in records.page_fields.items() if name in body}
+    page = body if isinstance(body, dict) else {}
+    copied = {column: page[name] for column, name in records.page_fields.items() if name in page}
     if not records.keys:
         for record in found:
             yield {**copied, **record} if isinstance(record, dict) else record
