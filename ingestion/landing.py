@@ -299,7 +299,9 @@ def _land_endpoint(
     feed = writer.feed
     contract = Contract(feed)
     reader = EndpointReader(settings, feed)
-    stream = ledger.ensure_stream(connection, feed, reader.base_url, reader.origin.path, "")
+    # The embedded API has another port with every start and is the same API all the same.
+    origin = "embedded" if "rates" in settings.embedded else reader.base_url
+    stream = ledger.ensure_stream(connection, feed, origin, reader.origin.path, "")
     read_until = ledger.fetch_window_end(connection, feed, stream)
     windows = plan_windows(reader.origin, read_until, dt.datetime.now(dt.UTC).date())
     sorter = _Sorter(connection, contract, reader)

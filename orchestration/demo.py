@@ -9,6 +9,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from psycopg2 import sql
+
 from ingestion.database import connect
 from ingestion.errors import ConfigurationError
 from ingestion.feeds import FeedSpec, KafkaOrigin, load_feeds
@@ -24,10 +26,11 @@ EVENTS_PER_SECOND = 10.0
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What the demo did and shows."""
+    """What the demo did and shows. `stored`: per feed the rows and dead letters counted in the tables afterwards."""
 
     sent: Mapping[str, int]
     run: RunReport
+    stored: Mapping[str, tuple[int, int]]
     revenue: list[tuple[Any, ...]]
 
 
@@ -52,7 +55,7 @@ def run_demo(settings: Settings, reporter: Reporter, *, records: int, seed: int,
             settings, reporter, feed, records=count, seed=seed, bad_share=bad_share, start=start, days=DEMO_DAYS
         )
     report = run_all(settings, reporter, command="demo", trigger="demo")
-    return DemoReport(sent, report, _fetch_revenue(settings))
+    return DemoReport(sent, report, _count_stored(settings, report), _fetch_revenue(settings))
 
 
 def send_sample(
@@ -99,15 +102,42 @@ def send_sample(
     return count
 
 
+def _count_stored(settings: Settings, report: RunReport) -> dict[str, tuple[int, int]]:
+    """Rows and dead letters of the run's loads, counted in the tables and not taken from the ledger."""
+    stored = {}
+    connection = connect(settings, purpose="demo")
+    try:
+        with connection.cursor() as cursor:
+            for landing in report.landings:
+                counts = []
+                source, _, table = landing.feed.partition(".")
+                for place in (table, "_dead_letters"):
+                    cursor.execute(
+                        sql.SQL("select count(*) from {} where _dlt_load_id = any(%s)").format(
+                            sql.Identifier(source, place)
+                        ),
+                        (landing.loads,),
+                    )
+                    counts.append((cursor.fetchone() or (0,))[0])
+                stored[landing.feed] = (counts[0], counts[1])
+    finally:
+        connection.close()
+    return stored
+
+
 def _fetch_revenue(settings: Settings) -> list[tuple[Any, ...]]:
     """Revenue of the last days by day and currency, in minor and major units."""
     connection = connect(settings, purpose="demo")
     try:
         with connection.cursor() as cursor:
             cursor.execute(
-                "select revenue_date, currency_code, sum(transaction_count)::bigint, sum(revenue_minor)::bigint, "
-                "sum(revenue_major), sum(reporting_revenue_major) from marts.rpt_finance__daily_revenue "
-                "where revenue_date > (select max(revenue_date) - 3 from marts.rpt_finance__daily_revenue) "
+                "select r.revenue_date, r.currency_code, sum(r.transaction_count)::bigint, "
+                "sum(r.revenue_minor)::bigint, round(sum(r.revenue_major), max(c.minor_unit_exponent)), "
+                "round(sum(r.reporting_revenue_major), max(p.minor_unit_exponent)) "
+                "from marts.rpt_finance__daily_revenue r "
+                "join marts.dim_currencies c on c.currency_code = r.currency_code "
+                "join marts.dim_currencies p on p.currency_code = r.reporting_currency_code "
+                "where r.revenue_date > (select max(revenue_date) - 3 from marts.rpt_finance__daily_revenue) "
                 "group by 1, 2 order by 1, 2"
             )
             return cursor.fetchall()
@@ -122,31 +152,31 @@ def render_demo(report: DemoReport, feeds: list[FeedSpec]) -> str:
     assert run.freshness is not None, "a demo that got here was checked"
     assert run.docs is not None, "a demo that got here was documented"
     counts = run.build.counts
-    accounts = [
-        (
-            landing.feed,
-            landing.offered,
-            landing.landed,
-            landing.dead,
-            landing.tombstones,
-            "yes" if landing.offered == landing.landed + landing.dead + landing.tombstones else "NO",
+    accounts = []
+    for landing in run.landings:
+        rows, dead = report.stored[landing.feed]
+        sent = report.sent.get(landing.feed, landing.offered)
+        adds_up = sent == landing.offered == rows + dead + landing.tombstones + landing.unchanged
+        accounts.append(
+            (landing.feed, sent, rows, dead, landing.tombstones, landing.unchanged, "yes" if adds_up else "NO")
         )
-        for landing in run.landings
-    ]
     reasons = [
-        (landing.feed, reason, count)
+        f"  {landing.feed}: " + ", ".join(f"{reason} {count:,}" for reason, count in landing.reasons.most_common())
         for landing in run.landings
-        for reason, count in sorted(landing.reasons.items(), key=lambda item: (-item[1], item[0]))
+        if landing.reasons
     ]
     fresh = run.freshness.counts["source"]
     late = len(run.freshness.warnings)
     return "\n".join(
         [
-            "Every record is accounted for: offered = landed + dead + tombstones",
-            render_table(("feed", "offered", "landed", "dead", "tombstones", "adds up"), accounts),
+            "Every record is accounted for: offered = landed + dead + tombstones + unchanged (landed before)",
+            render_table(
+                ("feed", "offered", "landed", "dead", "tombstones", "unchanged", "adds up"),
+                accounts,
+            ),
             "",
             "Set aside with their bytes and a reason (`warehouse dead-letters list`)",
-            render_table(("feed", "reason", "records"), reasons),
+            *reasons,
             "",
             f"Built and tested: {counts['model']} models, {counts['seed']} seeds, "
             f"{counts['test'] + counts['unit_test']} tests passed",
