@@ -28,9 +28,6 @@ test: setup
 	@$(BIN)/python -m pytest
 
 lint: setup
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
 	@$(BIN)/python -m tests.lint
 
 bench: setup

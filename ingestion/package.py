@@ -4,6 +4,7 @@ The files are written here, quoted so that nothing changes on the way ('' is not
 handed to dlt finished; dlt copies them (COPY) and then writes the row in `_dlt_loads` that makes them true together.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from typing import Any
 import dlt
 import psycopg2
 import psycopg2.extensions
+from dlt.common.pipeline import get_dlt_pipelines_dir
 from dlt.common.schema.typing import TColumnSchema
 
 from ingestion import ddl, ledger
@@ -290,15 +292,35 @@ def open_pipeline(settings: Settings, connection: Connection, feed: FeedSpec) ->
     """
     for name, value in DLT_DEFAULTS.items():
         os.environ.setdefault(name, value)
+    show_to_plain_dlt(settings, feed)
     pipeline = dlt.pipeline(
         pipeline_name=feed.pipeline_name,
-        pipelines_dir=str(settings.home / "dlt" / "pipelines"),
+        pipelines_dir=str(_pipelines_dir(settings)),
         destination=dlt.destinations.postgres(_credentials(settings, connection)),
         dataset_name=feed.source,
     )
     if pipeline.has_pending_data:
         pipeline.drop()
     return pipeline
+
+
+def _pipelines_dir(settings: Settings) -> Path:
+    return settings.home / "dlt" / "pipelines"
+
+
+def show_to_plain_dlt(settings: Settings, feed: FeedSpec) -> None:
+    """Link the feed's working folder where plain `dlt pipeline NAME info` looks (~/.dlt/pipelines).
+
+    The folder itself stays with the project: two projects of one user must not share it.
+    """
+    link = Path(get_dlt_pipelines_dir()) / feed.pipeline_name
+    target = (_pipelines_dir(settings) / feed.pipeline_name).absolute()
+    with contextlib.suppress(OSError):
+        if link.is_symlink() and link.readlink() != target:
+            link.unlink()
+        if not os.path.lexists(link):
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(target)
 
 
 def commit_package(

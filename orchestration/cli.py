@@ -349,12 +349,14 @@ def services_start(as_json: AsJson = False) -> None:
 
     Example: warehouse services start && dbt build
     """
+    from ingestion.package import show_to_plain_dlt
     from orchestration.run import prepare
     from orchestration.services import start
 
     start(_settings())
     with _services() as settings:
-        prepare(settings)
+        for feed in prepare(settings):
+            show_to_plain_dlt(settings, feed)
     _show_services(as_json)
 
 

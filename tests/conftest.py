@@ -21,6 +21,12 @@ PROJECT = Path(__file__).resolve().parents[1]
 OWN_SETTINGS = ("WAREHOUSE_", "KAFKA_", "FX_API_")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def dlt_outside_of_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Loads link their working folders into dlt's own; the tests' do not belong into the user's."""
+    os.environ["DLT_DATA_DIR"] = str(tmp_path_factory.mktemp("dlt"))
+
+
 @pytest.fixture(scope="session")
 def clean_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """The project's settings without anything of the machine's: no server named, a home of the session's."""
