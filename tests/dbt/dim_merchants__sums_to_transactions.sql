@@ -1,0 +1,30 @@
+-- Every transaction belongs to exactly one merchant of the dimension.
+with facts as (
+    select
+        merchant_key,
+        count(*) as transactions,
+        count(*) filter (where is_completed) as completed
+    from {{ ref('fct_transactions') }}
+    group by merchant_key
+),
+
+merchants as (
+    select
+        merchant_key,
+        transaction_count as transactions,
+        completed_transaction_count as completed
+    from {{ ref('dim_merchants') }}
+    where transaction_count > 0
+)
+
+(
+    select * from facts
+    except
+    select * from merchants
+)
+union all
+(
+    select * from merchants
+    except
+    select * from facts
+)
