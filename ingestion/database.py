@@ -56,6 +56,19 @@ def classify_connect_error(error: Exception, dsn: str) -> WarehouseError:
         return AuthenticationError(
             f"Postgres at {place} refused the user or the password.", hint="Check WAREHOUSE_DSN; see .env.example."
         )
+    if re.search(r"permission denied for database", text):
+        return AuthenticationError(
+            f"Postgres at {place} does not let the user in.", hint="grant connect on database ... to ..."
+        )
+    if re.search(r"invalid (integer value|port number|\S+ value)", text):
+        return ConfigurationError(
+            f"WAREHOUSE_DSN has a parameter Postgres does not understand: {place}.",
+            hint="Its form is postgresql://user:password@host:5432/database.",
+        )
+    if re.search(r"does not support SSL|SSL support is not compiled in|sslmode", text):
+        return ConfigurationError(
+            f"Postgres at {place} and WAREHOUSE_DSN do not agree on SSL.", hint="Check sslmode in WAREHOUSE_DSN."
+        )
     if re.search(r"database .* does not exist", text):
         return ConfigurationError(
             f"Postgres at {place} has no such database.", hint="Create it, or name another in WAREHOUSE_DSN."
@@ -65,3 +78,24 @@ def classify_connect_error(error: Exception, dsn: str) -> WarehouseError:
     return TransientError(
         f"Postgres at {place} does not answer.", hint="Is the server running and reachable? `warehouse doctor` checks."
     )
+
+
+def classify_error(error: psycopg2.Error) -> WarehouseError | None:
+    """What a failed statement of ours means to the user; None where the statement itself is at fault.
+
+    Only what Postgres says of itself is passed on: for some errors it quotes values.
+    """
+    code = error.pgcode or ""
+    if code == "42501":
+        return AuthenticationError(
+            f"Postgres refused the user of WAREHOUSE_DSN: {error.diag.message_primary}.",
+            hint="Grant it; `warehouse doctor` checks what is needed.",
+        )
+    if code.startswith(("08", "53", "57")) or (
+        not code and isinstance(error, psycopg2.OperationalError | psycopg2.InterfaceError)
+    ):
+        said = error.diag.message_primary or "the connection was lost"
+        return TransientError(
+            f"Postgres went away or cannot serve us now: {said}.", hint="Run again; what was committed stays."
+        )
+    return None

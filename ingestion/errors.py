@@ -64,9 +64,13 @@ class AuthenticationError(WarehouseError):
 
 
 class TransientError(WarehouseError):
-    """A server did not answer, or asked to come back later."""
+    """A server did not answer, or asked to come back later (`retry_after_s`)."""
 
     error_class = ErrorClass.TRANSIENT
+
+    def __init__(self, message: str, *, hint: str = "", retry_after_s: float | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
 
 
 class FeedBusyError(WarehouseError):

@@ -8,7 +8,7 @@ skipped.
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from confluent_kafka import (
     Consumer,
@@ -24,7 +24,6 @@ from confluent_kafka.admin import AdminClient, OffsetSpec
 from ingestion.errors import (
     AuthenticationError,
     ConfigurationError,
-    SourceLossError,
     TransientError,
     WarehouseError,
 )
@@ -67,6 +66,17 @@ def client_config(settings: Settings) -> dict[str, Any]:
         if value is not None:
             config[name] = value
     return config
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Offsets first..last of a partition that the source lost, or that it now gives to other records."""
+
+    kind: Literal["retention", "truncated"]
+    partition: int
+    first_position: int
+    last_position: int
+    detail: str
 
 
 class TopicReader:
@@ -144,31 +154,27 @@ class TopicReader:
         except KafkaException as error:
             raise self._classify(error.args[0]) from None
 
-    def guard_positions(self, topic: Topic, positions: Mapping[int, int]) -> None:
-        """Refuse to read on where the log no longer holds what comes next.
+    def find_losses(self, topic: Topic, positions: Mapping[int, int]) -> list[Loss]:
+        """What the log no longer holds of what comes next; empty when reading can simply go on.
 
-        Raises:
-            SourceLossError: the message names partition and offsets.
+        A compacted topic and transaction markers leave gaps inside the log and raise nothing here.
         """
+        losses = []
         for partition, position in sorted(positions.items()):
+            place = f"{self.topic} partition {partition}"
             if partition not in topic.bounds:
-                raise SourceLossError(
-                    f"{self.feed.name}: partition {partition} of {self.topic} is gone; it was read up to {position}.",
-                    hint="A topic cannot lose partitions: was it re-created, or is this another cluster?",
+                losses.append(
+                    Loss("truncated", partition, 0, position - 1, f"{place} is gone; it was read up to {position}")
                 )
+                continue
             start, end = topic.bounds[partition]
             if position < start:
-                raise SourceLossError(
-                    f"{self.feed.name}: {self.topic} partition {partition} lost offsets {position} to {start - 1} "
-                    "before they were read (retention).",
-                    hint="Raise the topic's retention above the time between runs.",
-                )
-            if position > end:
-                raise SourceLossError(
-                    f"{self.feed.name}: {self.topic} partition {partition} ends at {end}, and was read up to "
-                    f"{position}.",
-                    hint="The log was cut or the topic re-created: compare the topic with the ledger.",
-                )
+                detail = f"{place} lost offsets {position} to {start - 1} before they were read (retention)"
+                losses.append(Loss("retention", partition, position, start - 1, detail))
+            elif position > end:
+                detail = f"{place} ends at {end}, and was read up to {position} (the log was cut)"
+                losses.append(Loss("truncated", partition, end, position - 1, detail))
+        return losses
 
     def read(self, topic: Topic, positions: Mapping[int, int]) -> Iterator[list[Message]]:
         """Messages from the positions to the ends, in batches; each partition in offset order.
@@ -257,9 +263,9 @@ class TopicReader:
                 hint="Check KAFKA_SECURITY_PROTOCOL and the KAFKA_SASL_ and KAFKA_SSL_ settings.",
             )
         if code in (KafkaError.OFFSET_OUT_OF_RANGE, KafkaError._AUTO_OFFSET_RESET):
-            return SourceLossError(
+            return TransientError(
                 f"{self.feed.name}: {self.topic} lost records while they were being read (retention).",
-                hint="Run again: the positions are compared with the log and the loss is named.",
+                hint="The next try compares the positions with the log and names the loss.",
             )
         if code == KafkaError._INVALID_ARG:
             return ConfigurationError(

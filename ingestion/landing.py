@@ -10,6 +10,7 @@ dies leaves nothing true: the next one sweeps and reads on from the last commit.
 import datetime as dt
 import hashlib
 import itertools
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from ingestion.database import connect
 from ingestion.ddl import ensure_schema
 from ingestion.errors import SourceLossError
 from ingestion.feeds import FeedSpec, KafkaOrigin
-from ingestion.kafka import Topic, TopicReader
+from ingestion.kafka import Loss, Topic, TopicReader
 from ingestion.ledger import Connection, Stream, Writer
 from ingestion.package import Interval, Package, cell, commit_package, headers_json, open_pipeline
 from ingestion.rest import EndpointReader, Page, plan_windows
@@ -54,6 +55,7 @@ class Landing:
     drifted: int = 0
     loads: list[str] = field(default_factory=list)
     swept: list[str] = field(default_factory=list)
+    open_losses: list[str] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
 
@@ -75,8 +77,11 @@ def land_feed(
     *,
     progress: Progress = lambda done, due: None,
     records_per_load: int = RECORDS_PER_LOAD,
+    take_over: bool = False,
 ) -> Landing:
     """Read everything the source offers now and land it.
+
+    A landing with `open_losses` is complete and the run it belongs to has failed all the same.
 
     Raises:
         FeedBusyError, SourceLossError, TransientError, ConfigurationError, AuthenticationError: the loads committed
@@ -87,7 +92,7 @@ def land_feed(
     landing = Landing(feed.name)
     try:
         ensure_schema(connection, [feed])
-        with ledger.writing(connection, feed) as writer:
+        with ledger.writing(connection, feed, take_over=take_over) as writer:
             landing.swept = ledger.sweep(connection, feed)
             if isinstance(feed.origin, KafkaOrigin):
                 _land_topic(settings, connection, writer, landing, progress, records_per_load)
@@ -95,6 +100,7 @@ def land_feed(
                 _land_endpoint(settings, connection, writer, landing, progress)
             if landing.loads:
                 _analyze(connection, feed)
+            landing.open_losses = ledger.find_open_losses(connection, feed)
     finally:
         connection.close()
         landing.seconds = time.monotonic() - started
@@ -156,9 +162,15 @@ def _land_topic(
     reader = TopicReader(settings, feed)
     try:
         topic = reader.fetch_topic()
-        stream = _guard_stream(connection, settings, feed, topic)
+        stream = _guard_stream(connection, feed, topic)
         positions = ledger.fetch_positions(connection, feed, stream)
-        reader.guard_positions(topic, positions)
+        lost = _guard_positions(connection, feed, stream, reader.find_losses(topic, positions))
+        if lost:
+            package = commit_package(
+                settings, connection, open_pipeline(settings, connection, feed), stream, writer, lost
+            )
+            landing.add(package)
+            positions = ledger.fetch_positions(connection, feed, stream)
         positions = {p: positions.get(p, start) for p, (start, _) in topic.bounds.items()}
         due = sum(end - positions[p] for p, (_, end) in topic.bounds.items())
         if due == 0:
@@ -202,8 +214,8 @@ def _land_topic(
         reader.close()
 
 
-def _guard_stream(connection: Connection, settings: Settings, feed: FeedSpec, topic: Topic) -> Stream:
-    """The topic's stream; refuses a topic that is not the one read before.
+def _guard_stream(connection: Connection, feed: FeedSpec, topic: Topic) -> Stream:
+    """The topic's stream; refuses a topic that is not the one read before, until somebody accepts it.
 
     Raises:
         SourceLossError: another cluster answers, or the topic was re-created. The embedded broker forgets on exit, so
@@ -212,21 +224,70 @@ def _guard_stream(connection: Connection, settings: Settings, feed: FeedSpec, to
     assert isinstance(feed.origin, KafkaOrigin)
     known = ledger.find_streams(connection, feed)
     identity = (topic.cluster, feed.origin.topic, topic.incarnation)
-    if any((s.origin, s.name, s.incarnation) == identity for s in known):
-        return ledger.ensure_stream(connection, feed, *identity)
+    stream = ledger.match_stream(known, *identity)
     foreign = [s for s in known if not s.origin.startswith("embedded-")]
-    if foreign:
+    if stream is None and foreign:
         last = foreign[-1]
         what = (
             f"topic {feed.origin.topic} was re-created"
             if (last.origin, last.name) == identity[:2]
             else f"topic {feed.origin.topic} of cluster {topic.cluster} is not {last.name} of cluster {last.origin}"
         )
-        raise SourceLossError(
-            f"{feed.name}: {what}, which was read before; records of the old one may never have been read.",
-            hint="Check KAFKA_BOOTSTRAP_SERVERS; for a topic meant to be new, declare a new feed.",
+        detail = f"{what}, which was read before; records of the old one may never have been read"
+        if not ledger.record_loss(connection, feed, "replaced", last, 0, 0, None, detail, json.dumps(identity)):
+            raise SourceLossError(
+                f"{feed.name}: {detail}.",
+                hint="Check KAFKA_BOOTSTRAP_SERVERS. If it is meant: "
+                f"`warehouse feeds accept-loss {feed.name} --reason ...`.",
+            )
+    return stream or ledger.ensure_stream(connection, feed, *identity)
+
+
+def _guard_positions(
+    connection: Connection, feed: FeedSpec, stream: Stream, losses: list[Loss]
+) -> Callable[[Package], None] | None:
+    """Note what the log lost; what retention took becomes intervals of the ledger, and reading goes on behind it.
+
+    Reading goes on, because waiting for somebody to accept the loss would lose more. The run fails all the same.
+
+    Raises:
+        SourceLossError: a log was cut: its offsets mean other records now, so nothing is read until it is accepted.
+    """
+    for loss in losses:
+        ledger.record_loss(
+            connection,
+            feed,
+            loss.kind,
+            stream,
+            loss.partition,
+            loss.first_position,
+            loss.last_position,
+            loss.detail,
         )
-    return ledger.ensure_stream(connection, feed, *identity)
+    cut = [loss.detail for loss in losses if loss.kind == "truncated"]
+    if cut:
+        raise loss_error(feed.name, cut)
+
+    def fill(package: Package) -> None:
+        for loss in losses:
+            package.add_interval(
+                Interval(
+                    partition=loss.partition,
+                    first_position=loss.first_position,
+                    last_position=loss.last_position,
+                    lost=loss.last_position - loss.first_position + 1,
+                )
+            )
+
+    return fill if losses else None
+
+
+def loss_error(feed: str, details: list[str]) -> SourceLossError:
+    """The failure of a run whose feed has losses nobody accepted."""
+    return SourceLossError(
+        f"{feed}: " + "; ".join(details) + ".",
+        hint=f"Nothing else is lost. When it is known why: `warehouse feeds accept-loss {feed} --reason ...`.",
+    )
 
 
 def _decode_messages(

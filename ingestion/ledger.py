@@ -5,11 +5,12 @@ interrupted load left behind is invisible to every reader and removed by the nex
 """
 
 import getpass
+import json
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 import psycopg2.extensions
@@ -40,6 +41,7 @@ class Stream:
     origin: str
     name: str
     incarnation: str
+    begins_at: Mapping[int, int] = field(default_factory=dict)
 
 
 def holder_name() -> str:
@@ -48,16 +50,18 @@ def holder_name() -> str:
 
 
 @contextmanager
-def writing(connection: Connection, feed: FeedSpec) -> Iterator[Writer]:
+def writing(connection: Connection, feed: FeedSpec, *, take_over: bool = False) -> Iterator[Writer]:
     """Hold the feed's lock and a fresh fencing token while the block runs.
+
+    Args:
+        take_over: end the session of a writer that holds the lock. It cannot commit any more: the token is ours.
 
     Raises:
         FeedBusyError: another writer holds the feed; the message says who and since when.
     """
     connection.autocommit = True
     with connection.cursor() as cursor:
-        cursor.execute("select pg_try_advisory_lock(%s, hashtext(%s))", (LOCK_SPACE, feed.name))
-        if not _one(cursor)[0]:
+        if not _try_lock(cursor, feed) and not (take_over and _end_holder(cursor, feed)):
             cursor.execute(
                 sql.SQL("select holder, acquired_at from {} where feed = %s").format(_table(feed, "_writers")),
                 (feed.name,),
@@ -65,7 +69,8 @@ def writing(connection: Connection, feed: FeedSpec) -> Iterator[Writer]:
             row = cursor.fetchone()
             who = f"{row[0]} since {row[1]:%Y-%m-%d %H:%M:%S} UTC" if row else "another writer"
             raise FeedBusyError(
-                f"{feed.name} is being written by {who}.", hint="Wait for it to finish; two writers never share a feed."
+                f"{feed.name} is being written by {who}.",
+                hint="Wait for it to finish. If it is stuck, `warehouse ingest --take-over` ends its right to commit.",
             )
         cursor.execute(
             sql.SQL(
@@ -82,6 +87,22 @@ def writing(connection: Connection, feed: FeedSpec) -> Iterator[Writer]:
         if not connection.closed:
             with connection.cursor() as cursor:
                 cursor.execute("select pg_advisory_unlock(%s, hashtext(%s))", (LOCK_SPACE, feed.name))
+
+
+def _try_lock(cursor: psycopg2.extensions.cursor, feed: FeedSpec) -> bool:
+    cursor.execute("select pg_try_advisory_lock(%s, hashtext(%s))", (LOCK_SPACE, feed.name))
+    return bool(_one(cursor)[0])
+
+
+def _end_holder(cursor: psycopg2.extensions.cursor, feed: FeedSpec) -> bool:
+    """End the session that holds the feed's lock and take the lock; False when another was quicker."""
+    cursor.execute(
+        "select pg_terminate_backend(pid, 10000) from pg_locks where locktype = 'advisory' and granted "
+        "and database = (select oid from pg_database where datname = current_database()) "
+        "and classid = %s and objid::bigint = hashtext(%s)::bigint & 4294967295 and objsubid = 2",
+        (LOCK_SPACE, feed.name),
+    )
+    return _try_lock(cursor, feed)
 
 
 def begin_load(connection: Connection, writer: Writer, load_id: str) -> None:
@@ -130,24 +151,48 @@ def sweep(connection: Connection, feed: FeedSpec) -> list[str]:
 
 
 def find_streams(connection: Connection, feed: FeedSpec) -> list[Stream]:
-    """All streams of a feed that hold committed intervals, oldest first."""
+    """All streams of a feed that hold committed intervals or follow one that was cut, oldest first."""
     with connection.cursor() as cursor:
         cursor.execute(
             sql.SQL(
-                "select stream_id, origin, name, incarnation from {streams} where feed = %s and stream_id in "
-                "(select stream_id from {ledger} where _dlt_load_id in (select load_id from {loads})) "
+                "select stream_id, origin, name, incarnation, begins_at from {streams} where feed = %s and "
+                "(begins_at <> '{{}}' or stream_id in "
+                "(select stream_id from {ledger} where _dlt_load_id in (select load_id from {loads}))) "
                 "order by stream_id"
             ).format(
                 streams=_table(feed, "_streams"), ledger=_table(feed, "_ledger"), loads=_table(feed, "_dlt_loads")
             ),
             (feed.name,),
         )
-        return [Stream(*row) for row in cursor.fetchall()]
+        return [
+            Stream(stream_id, origin, name, incarnation, {int(p): offset for p, offset in begins_at.items()})
+            for stream_id, origin, name, incarnation, begins_at in cursor.fetchall()
+        ]
 
 
-def ensure_stream(connection: Connection, feed: FeedSpec, origin: str, name: str, incarnation: str) -> Stream:
+def match_stream(streams: Sequence[Stream], origin: str, name: str, incarnation: str) -> Stream | None:
+    """The stream a topic of this identity is read into: the newest, where a log was cut and goes on as another."""
+    return next(
+        (
+            stream
+            for stream in reversed(streams)
+            if (stream.origin, stream.name, stream.incarnation.partition("#")[0]) == (origin, name, incarnation)
+        ),
+        None,
+    )
+
+
+def ensure_stream(
+    connection: Connection,
+    feed: FeedSpec,
+    origin: str,
+    name: str,
+    incarnation: str,
+    begins_at: Mapping[int, int] | None = None,
+) -> Stream:
     """The stream of these names, made when it is new."""
     identity = (feed.name, origin, name, incarnation)
+    begins_at = begins_at or {}
     with connection.cursor() as cursor:
         select = sql.SQL("select stream_id from {} where (feed, origin, name, incarnation) = (%s, %s, %s, %s)").format(
             _table(feed, "_streams")
@@ -157,13 +202,13 @@ def ensure_stream(connection: Connection, feed: FeedSpec, origin: str, name: str
         if row is None:
             cursor.execute(
                 sql.SQL(
-                    "insert into {} (feed, kind, origin, name, incarnation) values (%s, %s, %s, %s, %s) "
+                    "insert into {} (feed, kind, origin, name, incarnation, begins_at) values (%s, %s, %s, %s, %s, %s) "
                     "returning stream_id"
                 ).format(_table(feed, "_streams")),
-                (feed.name, feed.origin.kind, origin, name, incarnation),
+                (feed.name, feed.origin.kind, origin, name, incarnation, json.dumps(begins_at)),
             )
             row = _one(cursor)
-    return Stream(row[0], origin, name, incarnation)
+    return Stream(row[0], origin, name, incarnation, begins_at)
 
 
 def fetch_positions(connection: Connection, feed: FeedSpec, stream: Stream) -> dict[int, int]:
@@ -177,7 +222,69 @@ def fetch_positions(connection: Connection, feed: FeedSpec, stream: Stream) -> d
             ).format(ledger=_table(feed, "_ledger"), loads=_table(feed, "_dlt_loads")),
             (stream.stream_id,),
         )
-        return dict(cursor.fetchall())
+        return {**stream.begins_at, **dict(cursor.fetchall())}
+
+
+def record_loss(
+    connection: Connection,
+    feed: FeedSpec,
+    kind: str,
+    stream: Stream,
+    partition: int,
+    first_position: int,
+    last_position: int | None,
+    detail: str,
+    successor: str = "",
+) -> bool:
+    """Note a loss when it is first seen; whether somebody has accepted it."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            sql.SQL(
+                "insert into {losses} as l (feed, kind, stream_id, partition, first_position, last_position, detail, "
+                "successor) values (%s, %s, %s, %s, %s, %s, %s, %s) "
+                "on conflict (feed, kind, stream_id, partition, first_position, successor) "
+                "do update set detail = l.detail returning accepted_at is not null"
+            ).format(losses=_table(feed, "_losses")),
+            (feed.name, kind, stream.stream_id, partition, first_position, last_position, detail, successor),
+        )
+        return bool(_one(cursor)[0])
+
+
+def find_open_losses(connection: Connection, feed: FeedSpec) -> list[str]:
+    """What was lost and nobody has accepted, in words."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            sql.SQL("select detail from {} where feed = %s and accepted_at is null order by loss_id").format(
+                _table(feed, "_losses")
+            ),
+            (feed.name,),
+        )
+        return [row[0] for row in cursor.fetchall()]
+
+
+def accept_losses(connection: Connection, feed: FeedSpec, reason: str) -> list[str]:
+    """Accept a feed's open losses by name and reason; what was accepted, in words.
+
+    A log that was cut goes on as a stream of its own: its offsets from the cut on are given to other records now, so
+    those of before keep their coordinates, and reading begins at the cut.
+    """
+    streams = {stream.stream_id: stream for stream in find_streams(connection, feed)}
+    with connection, connection.cursor() as cursor:
+        cursor.execute(
+            sql.SQL(
+                "update {} set accepted_at = now(), accepted_by = %s, accepted_because = %s "
+                "where feed = %s and accepted_at is null returning kind, stream_id, partition, first_position, detail"
+            ).format(_table(feed, "_losses")),
+            (holder_name(), reason, feed.name),
+        )
+        accepted = cursor.fetchall()
+    for stream_id in {row[1] for row in accepted if row[0] == "truncated"}:
+        stream = streams[stream_id]
+        begins_at = fetch_positions(connection, feed, stream)
+        begins_at |= {row[2]: row[3] for row in accepted if row[:2] == ("truncated", stream_id)}
+        name, _, number = stream.incarnation.partition("#")
+        ensure_stream(connection, feed, stream.origin, stream.name, f"{name}#{int(number or 1) + 1}", begins_at)
+    return [row[-1] for row in accepted]
 
 
 def fetch_window_end(connection: Connection, feed: FeedSpec, stream: Stream) -> datetime | None:

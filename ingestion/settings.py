@@ -33,6 +33,19 @@ class Settings:
             )
         return value
 
+    def number(self, name: str, default: float) -> float:
+        """A setting that is a number of 0 or more; `ConfigurationError` for anything else."""
+        text = self.get(name)
+        if text is None:
+            return default
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value < float("inf"):
+            raise ConfigurationError(f"{name} must be a number of 0 or more, not {text!r}.", hint="See .env.example.")
+        return value
+
     def with_env(self, **values: str) -> "Settings":
         """The same settings with these values on top."""
         return replace(self, env={**self.env, **values})

@@ -5,6 +5,7 @@ The command line and Dagster both call this; it stops at the first layer that fa
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from ingestion.database import connect
 from ingestion.ddl import ensure_schema
 from ingestion.errors import WarehouseError
 from ingestion.feeds import FeedSpec, load_feeds
+from ingestion.retry import policy_of, retrying
 from ingestion.settings import Settings
 from orchestration import transform
 from orchestration.console import Reporter
@@ -44,28 +46,44 @@ def prepare(settings: Settings) -> list[FeedSpec]:
 
 
 def ingest(
-    settings: Settings, feeds: Sequence[FeedSpec], run: Run, reporter: Reporter, report: RunReport | None = None
+    settings: Settings,
+    feeds: Sequence[FeedSpec],
+    run: Run,
+    reporter: Reporter,
+    report: RunReport | None = None,
+    *,
+    take_over: bool = False,
 ) -> list["Landing"]:
     """Land the feeds one after the other. A feed that fails does not keep the others from landing.
+
+    An outage is tried again within the retry policy; each try sweeps what the one before left and reads on from the
+    last commit.
 
     Raises:
         WarehouseError: the first failure, after every feed had its turn.
     """
     # Imported here: dlt takes a second to import.
-    from ingestion.landing import land_feed
+    from ingestion.landing import land_feed, loss_error
 
+    policy = policy_of(settings)
     report = report or RunReport()
     failures: list[WarehouseError] = []
     for feed in feeds:
         try:
             with run.step("ingest", feed.name) as step, reporter.task(feed.name) as task:
-                landing = land_feed(settings, feed, progress=task.update)
+                landing = retrying(
+                    partial(land_feed, settings, feed, progress=task.update, take_over=take_over),
+                    policy,
+                    on_retry=lambda error, delay: reporter.line(f"{error.message} Trying again in {delay:.1f} s."),
+                )
                 step.rows, step.dead = landing.landed, landing.dead
+                report.landings.append(landing)
+                if landing.open_losses:
+                    raise loss_error(feed.name, landing.open_losses)
         except WarehouseError as error:
             failures.append(error)
             reporter.line(f"{feed.name}: failed: {error.message}")
             continue
-        report.landings.append(landing)
         if landing.swept:
             reporter.line(f"{feed.name}: swept {len(landing.swept)} load(s) an interrupted run left uncommitted")
         reporter.line(

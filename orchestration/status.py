@@ -110,14 +110,14 @@ def _fetch_lag(settings: Settings, feed: FeedSpec) -> tuple[int | None, str | No
         connection = connect(settings, purpose="status")
         try:
             identity = (topic.cluster, feed.origin.topic, topic.incarnation)
-            known = ledger.find_streams(connection, feed)
-            stream = next((s for s in known if (s.origin, s.name, s.incarnation) == identity), None)
+            stream = ledger.match_stream(ledger.find_streams(connection, feed), *identity)
             positions = ledger.fetch_positions(connection, feed, stream) if stream else {}
+            open_losses = ledger.find_open_losses(connection, feed)
         finally:
             connection.close()
         lag = sum(max(end - positions.get(p, start), 0) for p, (start, end) in topic.bounds.items())
-        reader.guard_positions(topic, positions)
-        return lag, None
+        losses = dict.fromkeys([*open_losses, *(loss.detail for loss in reader.find_losses(topic, positions))])
+        return lag, "; ".join(losses) or None
     except WarehouseError as error:
         return None, error.message
     finally:

@@ -17,8 +17,28 @@ create table if not exists raw_schema._streams (
     origin text not null,
     name text not null,
     incarnation text not null,
+    -- Partition -> offset reading begins at where that is not the start of the log.
+    begins_at jsonb not null default '{}',
     first_seen_at timestamptz not null default now(),
     unique (feed, origin, name, incarnation)
+);
+
+-- What a source no longer has, or is not any more: a run fails until somebody accepts it by name.
+create table if not exists raw_schema._losses (
+    loss_id bigint generated always as identity primary key,
+    feed text not null,
+    kind text not null check (kind in ('retention', 'truncated', 'replaced')),
+    stream_id integer not null,
+    partition integer not null default 0,
+    first_position bigint not null,
+    last_position bigint,
+    detail text not null,
+    successor text not null default '',
+    detected_at timestamptz not null default now(),
+    accepted_at timestamptz,
+    accepted_by text,
+    accepted_because text,
+    unique (feed, kind, stream_id, partition, first_position, successor)
 );
 
 -- Who may commit for a feed. The token grows with every acquisition; the commit point compares it.

@@ -233,6 +233,21 @@ def take_over(query: Query) -> None:
     query("update raw_payments._writers set token = token + 1, holder = 'another', acquired_at = now()")
 
 
+def test_a_stuck_writer_is_taken_over_by_an_explicit_option(
+    warehouse: Settings, own_topic: OwnTopic, send: Send, query: Query
+) -> None:
+    feed = own_topic(PAYMENTS)
+    send(feed, payments(1))
+    stuck = connect(warehouse)
+    ensure_schema(stuck, [feed])
+    holding = ledger.writing(stuck, feed)
+    holding.__enter__()
+    assert land_feed(warehouse, feed, take_over=True).landed == 1
+    assert query("select token from raw_payments._writers") == [(2,)]
+    with pytest.raises(Exception, match=r"terminat|closed"), stuck.cursor() as cursor:
+        cursor.execute("select 1")
+
+
 def test_a_writer_that_was_taken_over_cannot_commit(
     warehouse: Settings, own_topic: OwnTopic, send: Send, query: Query
 ) -> None:
@@ -342,21 +357,22 @@ def test_the_database_refuses_a_load_without_account(landed: FeedSpec, query: Qu
 
 
 @pytest.mark.parametrize(
-    ("bounds", "message"),
+    ("bounds", "kind", "detail"),
     [
-        ({0: (15, 20)}, "lost offsets 10 to 14"),
-        ({0: (0, 5)}, "ends at 5, and was read up to 10"),
-        ({1: (0, 5)}, "partition 0 of .+ is gone"),
+        ({0: (15, 20)}, "retention", "lost offsets 10 to 14"),
+        ({0: (0, 5)}, "truncated", "ends at 5, and was read up to 10"),
+        ({1: (0, 5)}, "truncated", "partition 0 is gone"),
     ],
     ids=["retention", "cut", "partition gone"],
 )
-def test_a_position_the_log_cannot_serve_is_named(
-    warehouse: Settings, own_topic: OwnTopic, bounds: dict[int, tuple[int, int]], message: str
+def test_a_position_the_log_cannot_serve_is_a_loss(
+    warehouse: Settings, own_topic: OwnTopic, bounds: dict[int, tuple[int, int]], kind: str, detail: str
 ) -> None:
     reader = TopicReader(warehouse, own_topic(PAYMENTS))
-    with pytest.raises(SourceLossError, match=message):
-        reader.guard_positions(Topic("cluster", "id", bounds), {0: 10})
-    reader.guard_positions(Topic("cluster", "id", {0: (10, 10), 1: (5, 9)}), {0: 10})
+    (loss,) = reader.find_losses(Topic("cluster", "id", bounds), {0: 10})
+    assert loss.kind == kind
+    assert detail in loss.detail
+    assert reader.find_losses(Topic("cluster", "id", {0: (10, 10), 1: (5, 9)}), {0: 10}) == []
 
 
 def test_another_cluster_is_refused_before_a_row_is_read(
@@ -367,6 +383,22 @@ def test_another_cluster_is_refused_before_a_row_is_read(
         land_feed(warehouse.with_env(KAFKA_CLUSTER_INCARNATION="another"), landed)
     assert account(query)[0] == 10
     assert land_feed(warehouse, landed).landed == 5
+
+
+def test_another_cluster_accepted_by_name_is_read_from_its_start(
+    warehouse: Settings, landed: FeedSpec, query: Query
+) -> None:
+    other = warehouse.with_env(KAFKA_CLUSTER_INCARNATION="another")
+    with pytest.raises(SourceLossError):
+        land_feed(other, landed)
+    connection = connect(warehouse)
+    assert len(ledger.accept_losses(connection, landed, "moved to the new cluster")) == 1
+    connection.close()
+    landing = land_feed(other, landed)
+    assert (landing.landed, landing.open_losses) == (10, [])
+    assert query("select accepted_because from raw_payments._losses") == [("moved to the new cluster",)]
+    with pytest.raises(SourceLossError):
+        land_feed(warehouse.with_env(KAFKA_CLUSTER_INCARNATION="third"), landed)
 
 
 def test_the_embedded_broker_may_forget_and_be_followed_by_any(
