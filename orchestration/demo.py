@@ -191,6 +191,6 @@ def render_demo(report: DemoReport, feeds: list[FeedSpec]) -> str:
             f"Lineage, models and columns: {quoted_file_url(run.docs)}",
             "",
             "The broker of the demo forgets its messages when it stops; the warehouse keeps what landed.",
-            "Next, in .venv/bin: warehouse status, warehouse dead-letters list; warehouse services start for dbt and dlt",
+            "Next, in .venv/bin: warehouse status | warehouse dead-letters list | warehouse services start",
         ]
     )
