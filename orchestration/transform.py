@@ -7,8 +7,10 @@ models and tests that failed. Adds nothing that plain dbt would not do.
 import contextlib
 import os
 import re
+import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,13 +37,29 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class NodeResult:
+    """What became of one node: dbt's status (success, pass, warn, fail, error, skipped, ...) and message.
+
+    `failures` are the rows a test found, `rows` those a model or seed wrote; None where the other is meant.
+    """
+
+    node: str
+    status: str
+    message: str
+    seconds: float = 0.0
+    rows: int | None = None
+    failures: int | None = None
+
+
+@dataclass(frozen=True)
 class BuildReport:
-    """What a dbt invocation did: nodes by kind (model, test, seed, ...) and what failed."""
+    """What a dbt invocation did: nodes by kind (model, test, seed, ...), each one's result, and what failed."""
 
     counts: Counter[str] = field(default_factory=Counter)
     failures: tuple[Failure, ...] = ()
     warnings: tuple[Failure, ...] = ()
     seconds: float = 0.0
+    nodes: tuple[NodeResult, ...] = ()
 
 
 def profile_environment(settings: Settings) -> dict[str, str]:
@@ -62,6 +80,14 @@ def profile_environment(settings: Settings) -> dict[str, str]:
     }
 
 
+def database_name(settings: Settings) -> str | None:
+    """The database WAREHOUSE_DSN names, for what needs no connection; None when it names none that can be read."""
+    try:
+        return profile_environment(settings)["WAREHOUSE_DB_NAME"]
+    except ConfigurationError:
+        return None
+
+
 def ensure_profiles(settings: Settings) -> Path:
     """Make profiles.yml from profiles.yml.example where there is none, its defaults those of the server in use."""
     path = settings.project_dir / "profiles.yml"
@@ -80,13 +106,12 @@ def ensure_profiles(settings: Settings) -> Path:
 
 
 @contextlib.contextmanager
-def _dbt_environment(settings: Settings) -> Iterator[None]:
+def _dbt_environment(settings: Settings, profiles_dir: Path, values: Mapping[str, str]) -> Iterator[None]:
     """The process environment dbt reads, put back afterwards."""
-    ensure_profiles(settings)
     wanted = {
-        **profile_environment(settings),
+        **values,
         "DBT_PROJECT_DIR": str(settings.project_dir),
-        "DBT_PROFILES_DIR": str(settings.project_dir),
+        "DBT_PROFILES_DIR": str(profiles_dir),
         "DBT_SEND_ANONYMOUS_USAGE_STATS": "false",
     }
     for name in ("WAREHOUSE_SCHEMA",):
@@ -110,6 +135,32 @@ def run_dbt(settings: Settings, arguments: Sequence[str], on_node: OnNode | None
     Raises:
         ConfigurationError: dbt could not run at all (the project does not parse, the profile is wrong).
     """
+    ensure_profiles(settings)
+    with _dbt_environment(settings, settings.project_dir, profile_environment(settings)):
+        return _invoke([*arguments, "--log-level", "none"], on_node)
+
+
+def parse(settings: Settings, target: Path) -> Path:
+    """`dbt parse` into a folder of the caller's; the manifest's path. Needs no server and touches the project nowhere.
+
+    Where no profiles.yml was made yet, its example serves.
+
+    Raises:
+        ConfigurationError: the project does not parse.
+    """
+    named = database_name(settings)
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="profile-", dir=target) as folder:
+        profiles_dir = settings.project_dir
+        if not (profiles_dir / "profiles.yml").exists():
+            profiles_dir = Path(folder)
+            shutil.copyfile(settings.project_dir / "profiles.yml.example", profiles_dir / "profiles.yml")
+        with _dbt_environment(settings, profiles_dir, {"WAREHOUSE_DB_NAME": named} if named else {}):
+            _invoke(["parse", "--target-path", str(target), "--log-path", str(target), "--log-level", "none"])
+    return target / "manifest.json"
+
+
+def _invoke(arguments: Sequence[str], on_node: OnNode | None = None) -> Any:
     # Imported here: dbt takes seconds to import.
     from dbt.cli.main import dbtRunner
 
@@ -128,9 +179,11 @@ def run_dbt(settings: Settings, arguments: Sequence[str], on_node: OnNode | None
         elif event.info.name == "ConcurrencyLine":
             total = info.node_count
 
-    with _dbt_environment(settings):
-        result = dbtRunner(callbacks=[on_event]).invoke([*arguments, "--quiet", "--log-level", "none"])
+    result = dbtRunner(callbacks=[on_event]).invoke([*arguments, "--quiet"])
     if result.exception is not None:
+        if not isinstance(result.exception, Exception):
+            # dbt hands on an interrupt as if it were a result.
+            raise result.exception
         text = " ".join(str(result.exception).split())
         raise ConfigurationError(f"dbt {arguments[0]} could not run: {text[:1500]}", hint="`dbt parse` says more.")
     return result
@@ -139,6 +192,7 @@ def run_dbt(settings: Settings, arguments: Sequence[str], on_node: OnNode | None
 def summarise(result: Any) -> BuildReport:
     """dbt's results -> counts by kind, failures and warnings."""
     counts: Counter[str] = Counter()
+    nodes: list[NodeResult] = []
     failures: list[Failure] = []
     warnings: list[Failure] = []
     for one in getattr(result.result, "results", None) or []:
@@ -146,13 +200,25 @@ def summarise(result: Any) -> BuildReport:
         status = str(one.status)
         counts[kind] += 1
         entry = Failure(one.node.unique_id, status, " ".join((one.message or "").split()))
+        rows = (one.adapter_response or {}).get("rows_affected")
+        nodes.append(
+            NodeResult(
+                entry.node,
+                status,
+                entry.message,
+                seconds=float(one.execution_time or 0),
+                rows=rows if isinstance(rows, int) and kind != "test" else None,
+                failures=getattr(one, "failures", None),
+            )
+        )
         if status in ("error", "fail", "runtime error"):
             failures.append(entry)
         elif status == "warn":
             warnings.append(entry)
         elif status in ("skipped", "partial success"):
             counts["skipped"] += 1
-    return BuildReport(counts, tuple(failures), tuple(warnings), float(getattr(result.result, "elapsed_time", 0) or 0))
+    seconds = float(getattr(result.result, "elapsed_time", 0) or 0)
+    return BuildReport(counts, tuple(failures), tuple(warnings), seconds, tuple(nodes))
 
 
 def build(settings: Settings, arguments: Sequence[str] = (), on_node: OnNode | None = None) -> BuildReport:
@@ -161,10 +227,24 @@ def build(settings: Settings, arguments: Sequence[str] = (), on_node: OnNode | N
     Raises:
         DataError: a model, test or seed failed; the message names each.
     """
-    report = summarise(run_dbt(settings, ["build", *arguments], on_node))
+    report = run_build(settings, arguments, on_node)
+    require_built(report)
+    return report
+
+
+def run_build(settings: Settings, arguments: Sequence[str] = (), on_node: OnNode | None = None) -> BuildReport:
+    """`dbt build`, with what failed in the report: for a caller that has to tell what passed, too."""
+    return summarise(run_dbt(settings, ["build", *arguments], on_node))
+
+
+def require_built(report: BuildReport) -> None:
+    """Nothing when every node passed.
+
+    Raises:
+        DataError: a model, test or seed failed; the message names each.
+    """
     if report.failures:
         raise _failed("dbt build", report, "`dbt retry` runs only what failed; target/compiled has the tests' SQL.")
-    return report
 
 
 def check_freshness(settings: Settings) -> BuildReport:
