@@ -132,6 +132,13 @@ class Contract:
             return self._decode_carefully(value)
         return Row(cells, None)
 
+    def accepts(self, index: int, text: str) -> bool:
+        """Whether a column takes a text's content, or a number's digits, as its cell just as it is."""
+        try:
+            return bool(self._columns[index].check(text) == text)
+        except _RejectedError:
+            return False
+
     def _decode_carefully(self, value: bytes) -> Row | Rejection:
         try:
             document = _parse(value)

@@ -91,7 +91,7 @@ def classify_error(error: psycopg2.Error) -> WarehouseError | None:
             f"Postgres refused the user of WAREHOUSE_DSN: {error.diag.message_primary}.",
             hint="Grant it; `warehouse doctor` checks what is needed.",
         )
-    if code.startswith(("08", "53", "57")) or (
+    if code.startswith(("08", "40", "53", "55P03", "57")) or (
         not code and isinstance(error, psycopg2.OperationalError | psycopg2.InterfaceError)
     ):
         said = error.diag.message_primary or "the connection was lost"

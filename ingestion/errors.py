@@ -35,6 +35,7 @@ class Reason(StrEnum):
     OUT_OF_RANGE = "out_of_range"
     PATTERN_MISMATCH = "pattern_mismatch"
     INVALID_TIMESTAMP = "invalid_timestamp"
+    POISON = "poison"
 
 
 class WarehouseError(Exception):
@@ -83,6 +84,12 @@ class SourceLossError(WarehouseError):
     """The source lost records before we read them, or is not the source we read before."""
 
     error_class = ErrorClass.LOSS
+
+
+class RefusedDataError(WarehouseError):
+    """The database refused a row that fits the contract: some record of the load is poison."""
+
+    error_class = ErrorClass.DATA
 
 
 class DataError(WarehouseError):

@@ -8,6 +8,7 @@ skipped.
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 from confluent_kafka import (
@@ -97,7 +98,7 @@ class TopicReader:
             "isolation.level": "read_committed",
             "enable.partition.eof": True,
             "fetch.queue.backoff.ms": 10,
-            "queued.max.messages.kbytes": 65_536,
+            "queued.max.messages.kbytes": 16_384,
             "fetch.message.max.bytes": 8_388_608,
             "error_cb": self._on_error,
         }
@@ -154,6 +155,29 @@ class TopicReader:
         except KafkaException as error:
             raise self._classify(error.args[0]) from None
 
+    def find_offsets(self, topic: Topic, at: datetime) -> dict[int, int]:
+        """Per partition the first offset whose record is of this time or later; the log's end where there is none.
+
+        Raises:
+            ConfigurationError: the broker cannot look up offsets by time, as the embedded one.
+        """
+        admin = AdminClient({**client_config(self._settings), "error_cb": self._on_error})
+        filled = [partition for partition, (start, end) in topic.bounds.items() if start < end]
+        if filled and all(found < 0 for found in self._offsets_at(admin, filled, 0).values()):
+            raise ConfigurationError(
+                f"{self.feed.name}: the broker at {self._settings.kafka_bootstrap} cannot look up offsets by time"
+                + (" (the embedded one never can)." if "kafka" in self._settings.embedded else "."),
+                hint="Name offsets instead: --partition P --from-offset A --to-offset B.",
+            )
+        found = self._offsets_at(admin, filled, int(at.timestamp() * 1000))
+        return {
+            partition: end if found.get(partition, -1) < 0 else found[partition]
+            for partition, (_, end) in topic.bounds.items()
+        }
+
+    def _offsets_at(self, admin: AdminClient, partitions: list[int], milliseconds: int) -> dict[int, int]:
+        return self._list_offsets(admin, partitions, OffsetSpec.for_timestamp(milliseconds)) if partitions else {}
+
     def find_losses(self, topic: Topic, positions: Mapping[int, int]) -> list[Loss]:
         """What the log no longer holds of what comes next; empty when reading can simply go on.
 
@@ -176,7 +200,9 @@ class TopicReader:
                 losses.append(Loss("truncated", partition, end, position - 1, detail))
         return losses
 
-    def read(self, topic: Topic, positions: Mapping[int, int]) -> Iterator[list[Message]]:
+    def read(
+        self, topic: Topic, positions: Mapping[int, int], batch_size: int = MESSAGES_PER_CALL
+    ) -> Iterator[list[Message]]:
         """Messages from the positions to the ends, in batches; each partition in offset order.
 
         Yields messages only (no events); partitions without a position are read from their start. After the
@@ -195,7 +221,7 @@ class TopicReader:
         )
         last_progress = time.monotonic()
         while due:
-            events = consumer.consume(MESSAGES_PER_CALL, 0.05)
+            events = consumer.consume(min(batch_size, MESSAGES_PER_CALL), 0.05)
             if self._fatal is not None:
                 raise self._classify(self._fatal)
             batch: list[Message] = []

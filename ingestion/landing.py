@@ -16,21 +16,27 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Message
+import psycopg2
+from confluent_kafka import Message
 from psycopg2 import sql
 
 from ingestion import ledger
 from ingestion.contract import Contract, Rejection, Row
-from ingestion.database import connect
+from ingestion.database import classify_error, connect
 from ingestion.ddl import ensure_schema
-from ingestion.errors import SourceLossError
+from ingestion.errors import ErrorClass, RefusedDataError, SourceLossError, WarehouseError
 from ingestion.feeds import FeedSpec, KafkaOrigin
 from ingestion.kafka import Loss, Topic, TopicReader
 from ingestion.ledger import Connection, Stream, Writer
 from ingestion.package import Interval, Package, cell, commit_package, headers_json, open_pipeline
+from ingestion.poison import Suspicion
 from ingestion.rest import EndpointReader, Page, plan_windows
 from ingestion.settings import Settings
+
+if TYPE_CHECKING:
+    from ingestion.batch import BatchDecoder
 
 # Records read into one load. Bounds what a killed run repeats and the disk the CSV files take, not the memory.
 RECORDS_PER_LOAD = 500_000
@@ -101,6 +107,12 @@ def land_feed(
             if landing.loads:
                 _analyze(connection, feed)
             landing.open_losses = ledger.find_open_losses(connection, feed)
+    except psycopg2.Error as error:
+        # A statement of our own (schema, lock, sweep, positions): named, or the retry would not know an outage.
+        named = classify_error(error)
+        if named is None:
+            raise
+        raise named from error
     finally:
         connection.close()
         landing.seconds = time.monotonic() - started
@@ -114,7 +126,7 @@ def _analyze(connection: Connection, feed: FeedSpec) -> None:
             cursor.execute(sql.SQL("analyze {}").format(sql.Identifier(feed.source, table)))
 
 
-class _Tally:
+class Tally:
     """Counts of one partition (or API window) within one load."""
 
     def __init__(self, first: int = 0) -> None:
@@ -141,8 +153,8 @@ class _Tally:
             unchanged=self.unchanged,
             drifted=self.drifted,
             bytes=self.bytes,
-            source_time_min=None if self.earliest is None else _time_text(self.earliest),
-            source_time_max=None if self.earliest is None else _time_text(self.latest),
+            source_time_min=None if self.earliest is None else time_text(self.earliest),
+            source_time_max=None if self.earliest is None else time_text(self.latest),
         )
 
 
@@ -158,7 +170,6 @@ def _land_topic(
     records_per_load: int,
 ) -> None:
     feed = writer.feed
-    contract = Contract(feed)
     reader = TopicReader(settings, feed)
     try:
         topic = reader.fetch_topic()
@@ -175,24 +186,33 @@ def _land_topic(
         due = sum(end - positions[p] for p, (_, end) in topic.bounds.items())
         if due == 0:
             return
-        batches = reader.read(topic, positions)
-        pipeline = open_pipeline(settings, connection, feed)
-        read = 0
+        # Loads Arrow: only where there is something to decode.
+        from ingestion.batch import BatchDecoder
+
+        decoder = BatchDecoder(Contract(feed))
+        suspicion = Suspicion.after(connection, feed, stream, positions, records_per_load)
+        batches = reader.read(topic, positions, suspicion.limit)
+        reading = _Reading()
 
         def fill(package: Package) -> None:
-            nonlocal read
-            tallies = {p: _Tally(position) for p, position in positions.items()}
-            taken = 0
+            nonlocal reading
+            suspicion.note_batch(package.load_id, stream, positions)
+            reading = _Reading({p: Tally(position) for p, position in positions.items()}, package.load_id)
             exhausted = True
             for batch in batches:
-                _decode_messages(batch, contract, package, tallies, landing.reasons)
-                taken += len(batch)
-                progress(read + taken, due)
-                if taken >= records_per_load:
+                good = _set_poison_aside(batch, suspicion, package, reading)
+                for part in [[message] for message in good] if suspicion.noting else [good]:
+                    if suspicion.noting:
+                        suspicion.note_record(package.load_id, (part[0].partition(), part[0].offset()))
+                    _decode_messages(part, decoder, package, reading.tallies, reading.reasons)
+                reading.taken += len(batch)
+                if suspicion.limit < suspicion.usual_limit:
+                    reading.places.extend((message.partition(), message.offset()) for message in batch)
+                progress(landing.offered + reading.taken, due)
+                if reading.taken >= suspicion.limit:
                     exhausted = False
                     break
-            read += taken
-            for partition, tally in sorted(tallies.items()):
+            for partition, tally in sorted(reading.tallies.items()):
                 # At the end of the log the last records may be control records, which nobody delivers.
                 stop = topic.bounds[partition][1] if exhausted else tally.next
                 if stop > tally.first:
@@ -204,14 +224,73 @@ def _land_topic(
                             control=stop - tally.first - tally.seen,
                         )
                     )
+            suspicion.note_read(package.load_id)
 
         while any(positions[p] < end for p, (_, end) in topic.bounds.items()):
-            package = commit_package(settings, connection, pipeline, stream, writer, fill)
+            pipeline = open_pipeline(settings, connection, feed)
+            try:
+                package = commit_package(settings, connection, pipeline, stream, writer, fill)
+            except RefusedDataError:
+                ends = {p: tally.next for p, tally in reading.tallies.items() if tally.seen}
+                if not suspicion.refused(reading.places or _all_places(reading.tallies), ends):
+                    raise
+                ledger.sweep(connection, feed)
+                batches = reader.read(topic, positions, suspicion.limit)
+                continue
+            except WarehouseError as error:
+                if error.error_class is not ErrorClass.INTERNAL and reading.load_id and not connection.closed:
+                    suspicion.excuse(reading.load_id)
+                raise
             landing.add(package)
+            landing.reasons.update(reading.reasons)
             for interval in package.intervals:
                 positions[interval.partition] = (interval.last_position or 0) + 1
+            limit = suspicion.limit
+            suspicion.committed(positions)
+            if suspicion.limit != limit:
+                batches = reader.read(topic, positions, suspicion.limit)
     finally:
         reader.close()
+
+
+@dataclass
+class _Reading:
+    """What one load has read so far; nothing of it is true before the load commits."""
+
+    tallies: dict[int, Tally] = field(default_factory=dict)
+    load_id: str = ""
+    taken: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    places: list[tuple[int, int]] = field(default_factory=list)
+
+
+def _all_places(tallies: dict[int, Tally]) -> list[tuple[int, int]]:
+    """Every offset a load passed; a few may be control records, which are suspected in vain."""
+    return [(p, offset) for p, tally in tallies.items() if tally.seen for offset in range(tally.first, tally.next)]
+
+
+def _set_poison_aside(batch: list[Message], suspicion: Suspicion, package: Package, reading: _Reading) -> list[Message]:
+    """Dead-letter the batch's known poison without looking at it; the rest is returned."""
+    if not suspicion.poison:
+        return batch
+    good = []
+    for message in batch:
+        place = (message.partition(), message.offset())
+        rejection = suspicion.poison.get(place)
+        if rejection is None:
+            good.append(message)
+            continue
+        tally = reading.tallies[place[0]]
+        tally.seen += 1
+        tally.next = place[1] + 1
+        tally.dead += 1
+        reading.reasons[rejection.reason.value] += 1
+        value = bytes(message.value() or b"")
+        tally.bytes += len(value)
+        package.add_dead_letter(
+            rejection, value, key=message.key(), headers=headers_json(message.headers()), kafka=place
+        )
+    return good
 
 
 def _guard_stream(connection: Connection, feed: FeedSpec, topic: Topic) -> Stream:
@@ -292,48 +371,48 @@ def loss_error(feed: str, details: list[str]) -> SourceLossError:
 
 def _decode_messages(
     batch: list[Message],
-    contract: Contract,
+    decoder: "BatchDecoder",
     package: Package,
-    tallies: dict[int, _Tally],
+    tallies: dict[int, Tally],
     reasons: Counter[str],
 ) -> None:
     """Each message to a row, a dead letter or a tombstone, counted in its partition."""
-    for message in batch:
-        partition, offset, value = message.partition(), message.offset(), message.value()
-        tally = tallies[partition]
-        tally.seen += 1
-        tally.next = offset + 1
-        kind, milliseconds = message.timestamp()
-        sent_at = None
-        if kind != TIMESTAMP_NOT_AVAILABLE:
-            sent_at = _time_text(milliseconds)
-            tally.add_time(milliseconds)
-        if value is None:
-            tally.tombstones += 1
-            continue
-        value = bytes(value)
-        tally.bytes += len(value)
-        decoded = contract.decode(value)
-        headers = headers_json(message.headers())
-        if isinstance(decoded, Row):
-            tally.landed += 1
-            tally.drifted += decoded.extra is not None
-            package.add_row(
-                decoded.cells,
-                decoded.extra,
-                (str(partition), str(offset), sent_at, cell(message.key()), headers),
-            )
-        else:
-            tally.dead += 1
-            reasons[decoded.reason.value] += 1
+    from ingestion.batch import MessageBatch, split_by_size
+
+    for part in split_by_size(batch):
+        messages = MessageBatch(part)
+        coordinates = messages.coordinates()
+        decoded = decoder.decode(messages.values)
+        package.add_rows(decoded.cells, decoded.select(coordinates))
+        dead: Counter[int] = Counter()
+        for index, verdict in decoded.others:
+            place = [column[index].as_py() for column in coordinates]
+            partition, offset, sent_at, _, headers = place
+            if isinstance(verdict, Row):
+                tallies[int(partition)].drifted += verdict.extra is not None
+                package.add_row(verdict.cells, verdict.extra, place)
+                continue
+            dead[int(partition)] += 1
+            reasons[verdict.reason.value] += 1
             package.add_dead_letter(
-                decoded,
-                value,
-                key=message.key(),
+                verdict,
+                messages.values[index] or b"",
+                key=messages.keys[index],
                 headers=headers,
                 source_time=sent_at,
-                kafka=(partition, offset),
+                kafka=(int(partition), int(offset)),
             )
+        for count in messages.count_partitions():
+            tally = tallies[count.partition]
+            tally.seen += count.seen
+            tally.next = count.last_offset + 1
+            tally.bytes += count.bytes
+            tally.tombstones += count.tombstones
+            tally.dead += dead[count.partition]
+            tally.landed += count.seen - count.tombstones - dead[count.partition]
+            for milliseconds in (count.earliest, count.latest):
+                if milliseconds is not None:
+                    tally.add_time(milliseconds)
 
 
 @lru_cache(maxsize=1024)
@@ -344,7 +423,7 @@ def _second_text(seconds: int) -> str | None:
         return None
 
 
-def _time_text(milliseconds: int) -> str | None:
+def time_text(milliseconds: int) -> str | None:
     """A Kafka timestamp as Postgres reads it; None for one beyond the calendar. Streams repeat their seconds."""
     seconds, rest = divmod(milliseconds, 1000)
     text = _second_text(seconds)
@@ -365,20 +444,35 @@ def _land_endpoint(
     stream = ledger.ensure_stream(connection, feed, origin, reader.origin.path, "")
     read_until = ledger.fetch_window_end(connection, feed, stream)
     windows = plan_windows(reader.origin, read_until, dt.datetime.now(dt.UTC).date())
-    sorter = _Sorter(connection, contract, reader)
+    sorter = Sorter(connection, contract, reader)
     pages = (sorter.sort(page) for page in reader.read(windows))
-    quiet, rest = _split_quiet(pages)
+    land_pages(settings, connection, writer, stream, windows, pages, landing, progress)
+
+
+def land_pages(
+    settings: Settings,
+    connection: Connection,
+    writer: Writer,
+    stream: Stream,
+    windows: list[tuple[dt.datetime, dt.datetime]],
+    pages: Iterator["SortedPage"],
+    landing: Landing,
+    progress: Progress = lambda done, due: None,
+) -> None:
+    """Land what the pages of the windows bring in one package; none for pages that bring nothing new."""
+    feed = writer.feed
+    quiet, rest = split_quiet(pages)
     landing.unchanged = sum(page.unchanged for page in quiet)
     if rest is None:
         return
 
     def fill(package: Package) -> None:
-        tally = _Tally()
+        tally = Tally()
         tally.unchanged = sum(page.unchanged for page in quiet)
         number = len(quiet)
         for page in rest:
             number += 1
-            _add_page(page, package, tally, landing.reasons)
+            add_page(page, package, tally, landing.reasons)
             progress(tally.landed + tally.dead + tally.unchanged, None)
         package.add_interval(
             replace(tally.interval(0), window_from=windows[0][0], window_to=windows[-1][1], pages=number)
@@ -390,7 +484,7 @@ def _land_endpoint(
 
 
 @dataclass(frozen=True)
-class _SortedPage:
+class SortedPage:
     """A page's records by what is to become of them."""
 
     page: Page
@@ -399,7 +493,7 @@ class _SortedPage:
     unchanged: int
 
 
-class _Sorter:
+class Sorter:
     """Tells new and corrected records from those a window brings again."""
 
     def __init__(self, connection: Connection, contract: Contract, reader: EndpointReader) -> None:
@@ -411,9 +505,13 @@ class _Sorter:
         self._seen: dict[tuple[str | None, ...], str] = {}
         self._dead_seen: set[bytes] = set()
 
-    def sort(self, page: Page) -> _SortedPage:
+    def expect(self, row: Row) -> None:
+        """Take a row for landed that is about to be."""
+        self._seen[tuple(row.cells[index] for index in self._key)] = content_hash(row)
+
+    def sort(self, page: Page) -> SortedPage:
         decoded = [(item, value, self._contract.decode(value)) for item, value in enumerate(page.records)]
-        rows = [(item, row, _content_hash(row)) for item, _, row in decoded if isinstance(row, Row)]
+        rows = [(item, row, content_hash(row)) for item, _, row in decoded if isinstance(row, Row)]
         keys = [tuple(row.cells[index] for index in self._key) for _, row, _ in rows]
         feed = self._contract.feed
         known = ledger.fetch_content_hashes(self._connection, feed, self._reader.origin.key, keys)
@@ -429,16 +527,16 @@ class _Sorter:
             if entry[2] not in known_dead and entry[2] not in self._dead_seen:
                 dead.append(entry)
             self._dead_seen.add(entry[2])
-        return _SortedPage(page, new, dead, len(decoded) - len(new) - len(dead))
+        return SortedPage(page, new, dead, len(decoded) - len(new) - len(dead))
 
 
-def _content_hash(row: Row) -> str:
+def content_hash(row: Row) -> str:
     return hashlib.sha256(repr((row.cells, row.extra)).encode()).hexdigest()[:32]
 
 
-def _split_quiet(pages: Iterator[_SortedPage]) -> tuple[list[_SortedPage], Iterator[_SortedPage] | None]:
+def split_quiet(pages: Iterator[SortedPage]) -> tuple[list[SortedPage], Iterator[SortedPage] | None]:
     """The leading pages that bring nothing new, and the rest; no rest means there is nothing to load."""
-    quiet: list[_SortedPage] = []
+    quiet: list[SortedPage] = []
     for page in pages:
         if page.new or page.dead:
             return quiet, itertools.chain([page], pages)
@@ -446,7 +544,7 @@ def _split_quiet(pages: Iterator[_SortedPage]) -> tuple[list[_SortedPage], Itera
     return quiet, None
 
 
-def _add_page(page: _SortedPage, package: Package, tally: _Tally, reasons: Counter[str]) -> None:
+def add_page(page: SortedPage, package: Package, tally: Tally, reasons: Counter[str]) -> None:
     window = (page.page.window_from, page.page.window_to)
     tally.bytes += page.page.size
     tally.unchanged += page.unchanged

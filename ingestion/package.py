@@ -8,16 +8,18 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from io import TextIOWrapper
+from io import BufferedWriter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dlt
+import msgspec
 import psycopg2
 import psycopg2.extensions
 from dlt.common.pipeline import get_dlt_pipelines_dir
@@ -29,6 +31,7 @@ from ingestion.errors import (
     AuthenticationError,
     ConfigurationError,
     FeedBusyError,
+    RefusedDataError,
     TransientError,
     WarehouseError,
 )
@@ -42,13 +45,22 @@ LOADER_VERSION = version("payments-warehouse")
 # dlt is configured by its environment; what the user set there wins.
 DLT_DEFAULTS = {
     "RUNTIME__DLTHUB_TELEMETRY": "false",
-    "RUNTIME__LOG_LEVEL": "ERROR",
+    # Its error lines quote the failing row; ours hold coordinates.
+    "RUNTIME__LOG_LEVEL": "CRITICAL",
+    # A job that failed once fails the load: whether to try again is decided by the class of the error, above dlt.
+    "LOAD__RAISE_ON_MAX_RETRIES": "1",
     "LOAD__WORKERS": "2",
     "LOAD__DELETE_COMPLETED_JOBS": "true",
     "NORMALIZE__WORKERS": "1",
     # The ledger holds the positions, so there is no state of dlt's to bring back.
     "RESTORE_FROM_DESTINATION": "false",
 }
+
+# dlt hands some failures on as text only.
+REFUSED_IN_WORDS = re.compile(
+    r"violates (check|not-null|unique|foreign key) constraint|invalid input syntax|value too long|"
+    r"out of range for type|numeric field overflow|program limit exceeded|unsupported Unicode escape"
+)
 
 # How dlt names the types of the tables it finds; it never makes them, `ddl` does.
 DLT_TYPES = {
@@ -67,6 +79,10 @@ class Interval:
     """One row of the ledger: what a load read of one partition, or of one API window."""
 
     partition: int
+    # "replay" for what comes out of the dead letters; None means what the feed is.
+    kind: Literal["replay"] | None = None
+    # Of another stream than the package's.
+    stream_id: int | None = None
     first_position: int | None = None
     last_position: int | None = None
     window_from: datetime | None = None
@@ -78,6 +94,7 @@ class Interval:
     unchanged: int = 0
     control: int = 0
     lost: int = 0
+    restored: int = 0
     drifted: int = 0
     bytes: int = 0
     source_time_min: str | None = None
@@ -122,7 +139,7 @@ def headers_json(headers: Sequence[tuple[str, bytes | None]] | None) -> str | No
             else:
                 text = {"hex": value.hex()} if "\x00" in text else text
         pairs.append((key.replace("\x00", "\ufffd"), text))
-    return json.dumps(pairs, ensure_ascii=False)
+    return msgspec.json.encode(pairs).decode()
 
 
 # Stands for NULL while a line is joined: no text in Postgres holds a NUL, so no cell does.
@@ -137,27 +154,49 @@ def csv_line(cells: Sequence[str | None]) -> str:
     return line.replace('"\x00"', "")
 
 
+def csv_lines(columns: Sequence[Any]) -> memoryview:
+    """The same lines for whole columns: Arrow arrays of text, or one text (or None) that stands in every line."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+    from pyarrow.csv import WriteOptions, write_csv  # type: ignore[import-untyped]
+
+    rows = max(len(column) for column in columns if isinstance(column, pa.Array))
+    arrays = [
+        column if isinstance(column, pa.Array) else pa.repeat(pa.scalar(column, pa.string()), rows)
+        for column in columns
+    ]
+    lines = pa.BufferOutputStream()
+    table = pa.Table.from_arrays(arrays, names=[str(number) for number in range(len(arrays))])
+    write_csv(table, lines, WriteOptions(include_header=False, quoting_style="all_valid"))
+    return memoryview(lines.getvalue())
+
+
 class _CsvFiles:
-    """Rows of one table, in files of at most ROWS_PER_FILE."""
+    """Rows of one table, in files of about ROWS_PER_FILE: lines written together stay together."""
 
     def __init__(self, folder: Path, table: str, columns: Sequence[str]) -> None:
         self.folder = folder
         self.table = table
         self.columns = columns
         self.paths: list[tuple[Path, int]] = []
-        self._file: TextIOWrapper | None = None
+        self._file: BufferedWriter | None = None
         self._rows = 0
 
     def write(self, cells: Sequence[str | None]) -> None:
+        self._write_lines(csv_line(cells).encode(), 1)
+
+    def write_columns(self, columns: Sequence[Any], rows: int) -> None:
+        self._write_lines(csv_lines(columns), rows)
+
+    def _write_lines(self, lines: bytes | memoryview, rows: int) -> None:
         if self._file is None:
             path = self.folder / f"{self.table}.{len(self.paths)}.csv"
             # Postgres wants LF or CRLF throughout; a CR inside quotes is data and stays.
-            self._file = path.open("w", encoding="utf-8", newline="")
-            self._file.write(",".join(self.columns) + "\n")
+            self._file = path.open("wb")
+            self._file.write((",".join(self.columns) + "\n").encode())
             self.paths.append((path, 0))
-        self._file.write(csv_line(cells))
-        self._rows += 1
-        if self._rows == ROWS_PER_FILE:
+        self._file.write(lines)
+        self._rows += rows
+        if self._rows >= ROWS_PER_FILE:
             self.close()
 
     def close(self) -> None:
@@ -182,9 +221,22 @@ class Package:
         self._ledger = _CsvFiles(folder, "_ledger", [name for name, _, _ in ddl.LEDGER_COLUMNS])
         self.intervals: list[Interval] = []
 
-    def add_row(self, cells: Sequence[str | None], extra: str | None, coordinates: Sequence[str | None]) -> None:
+    def add_row(
+        self,
+        cells: Sequence[str | None],
+        extra: str | None,
+        coordinates: Sequence[str | None],
+        stream_id: int | None = None,
+    ) -> None:
         """A record that fits: its cells, unknown fields, and coordinates (after the stream id) as text."""
-        self._rows.write((*cells, extra, str(self._stream.stream_id), *coordinates, *self._tail))
+        stream = str(self._stream.stream_id if stream_id is None else stream_id)
+        self._rows.write((*cells, extra, stream, *coordinates, *self._tail))
+
+    def add_rows(self, cells: Sequence[Any], coordinates: Sequence[Any]) -> None:
+        """Records that fit and hold nothing unknown, as Arrow columns of text; coordinates as in `add_row`."""
+        rows = len(cells[0])
+        if rows:
+            self._rows.write_columns((*cells, None, str(self._stream.stream_id), *coordinates, *self._tail), rows)
 
     def add_dead_letter(
         self,
@@ -224,7 +276,7 @@ class Package:
             self.feed.contract_version,
             LOADER_VERSION,
             1,
-            "open",
+            *(None, None, None, None),
             self.load_id,
         )
         self._dead.write([cell(value) for value in values])
@@ -234,8 +286,8 @@ class Package:
         self.intervals.append(interval)
         values = (
             self.feed.name,
-            self._stream.stream_id,
-            "kafka" if self.feed.origin.kind == "kafka" else "api",
+            self._stream.stream_id if interval.stream_id is None else interval.stream_id,
+            interval.kind or ("kafka" if self.feed.origin.kind == "kafka" else "api"),
             interval.partition,
             interval.first_position,
             interval.last_position,
@@ -249,6 +301,7 @@ class Package:
             interval.unchanged,
             interval.control,
             interval.lost,
+            interval.restored,
             interval.drifted,
             interval.bytes,
             interval.source_time_min,
@@ -268,11 +321,11 @@ class Package:
                 yield files, path, rows
 
 
-def _credentials(settings: Settings, connection: Connection) -> dict[str, Any]:
+def _credentials(settings: Settings, connection: Connection, feed: FeedSpec) -> dict[str, Any]:
     """The open connection's server and user in dlt's form; libpq may have the password from a file of its own."""
     options = psycopg2.extensions.parse_dsn(settings.require("WAREHOUSE_DSN", "to land into"))
     info = connection.info
-    own = {"host", "hostaddr", "port", "user", "password", "dbname", "connect_timeout"}
+    own = {"host", "hostaddr", "port", "user", "password", "dbname", "connect_timeout", "application_name"}
     return {
         "drivername": "postgresql",
         "host": info.host,
@@ -280,7 +333,10 @@ def _credentials(settings: Settings, connection: Connection) -> dict[str, Any]:
         "username": info.user,
         "password": info.password or "",
         "database": info.dbname,
-        "query": {name: value for name, value in options.items() if name not in own},
+        "query": {
+            **{name: value for name, value in options.items() if name not in own},
+            "application_name": ledger.load_session_name(feed),
+        },
     }
 
 
@@ -296,7 +352,7 @@ def open_pipeline(settings: Settings, connection: Connection, feed: FeedSpec) ->
     pipeline = dlt.pipeline(
         pipeline_name=feed.pipeline_name,
         pipelines_dir=str(_pipelines_dir(settings)),
-        destination=dlt.destinations.postgres(_credentials(settings, connection)),
+        destination=dlt.destinations.postgres(_credentials(settings, connection, feed)),
         dataset_name=feed.source,
     )
     if pipeline.has_pending_data:
@@ -401,6 +457,10 @@ def classify_load_error(error: BaseException, feed: FeedSpec) -> WarehouseError:
     if code == "PW003" or "clock:" in text:
         return ConfigurationError(
             f"{feed.name}: this machine's clock is behind the one that loaded last.", hint="Correct the clock (NTP)."
+        )
+    if code.startswith(("22", "23", "54")) or REFUSED_IN_WORDS.search(text):
+        return RefusedDataError(
+            f"{feed.name}: Postgres refused a record of the load.", hint="The load is halved until the record is found."
         )
     if code.startswith("28"):
         return AuthenticationError(f"{feed.name}: Postgres refused the user.", hint="Check WAREHOUSE_DSN.")
