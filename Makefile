@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: setup demo test bench lint format requirements clean
+.PHONY: setup demo test prove bench lint format requirements clean
 
 setup: $(VENV)/.ready
 
@@ -29,6 +29,9 @@ test: setup
 
 lint: setup
 	@$(BIN)/python -m tests.lint
+
+prove: setup
+	@$(BIN)/python -m tests.prove
 
 bench: setup
 	@$(BIN)/python -m tests.bench

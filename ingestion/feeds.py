@@ -145,6 +145,26 @@ class RestOrigin:
 
 
 @dataclass(frozen=True)
+class DeadLetterBudget:
+    """How many records of a run may be set aside before the run counts as failed; None bounds nothing.
+
+    `share` is of the records offered, and says nothing of fewer than `minimum_records`.
+    """
+
+    share: float | None = None
+    count: int | None = None
+    minimum_records: int = 100
+
+    def find_excess(self, offered: int, dead: int) -> str | None:
+        """What is over the budget, in words; None within it."""
+        if self.count is not None and dead > self.count:
+            return f"set {dead:,} records aside, its budget is {self.count:,} a run"
+        if self.share is not None and offered >= self.minimum_records and dead > self.share * offered:
+            return f"set {dead:,} of {offered:,} records aside ({dead / offered:.1%}), its budget is {self.share:.1%}"
+        return None
+
+
+@dataclass(frozen=True)
 class FeedSpec:
     """One feed as declared. `name` is `<source>.<table>`, which is also its raw table."""
 
@@ -155,6 +175,7 @@ class FeedSpec:
     owner: str
     file: str
     line: int
+    dead_letter_budget: DeadLetterBudget = DeadLetterBudget()
 
     @property
     def name(self) -> str:
@@ -381,13 +402,33 @@ def _parse_table(
         owner=declaration.take(meta, "owner", str, label, default=owner),
         file=declaration.label,
         line=table.line,
+        dead_letter_budget=_parse_budget(declaration, feed_meta, label),
     )
+
+
+def _parse_budget(declaration: _Declaration, feed: _Located, label: str) -> DeadLetterBudget:
+    if "dead_letter_budget" not in feed:
+        return DeadLetterBudget()
+    what = f"`dead_letter_budget` of {label}"
+    budget = declaration.mapping(feed["dead_letter_budget"], feed.key_lines["dead_letter_budget"], what)
+    declaration.only(budget, ("share", "count", "minimum_records"), what)
+    if "share" not in budget and "count" not in budget:
+        raise declaration.error(budget, f"{what} needs `share`, `count` or both")
+    share = budget.get("share")
+    if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1):
+        raise declaration.error(budget.key_lines["share"], f"`share` of {what} must be a number from 0 to 1")
+    count = declaration.take(budget, "count", int, what, default=None)
+    minimum = declaration.take(budget, "minimum_records", int, what, default=DeadLetterBudget.minimum_records)
+    for name, number in (("count", count), ("minimum_records", minimum)):
+        if number is not None and number < 0:
+            raise declaration.error(budget.key_lines[name], f"`{name}` of {what} must be 0 or more")
+    return DeadLetterBudget(share, count, minimum)
 
 
 def _parse_origin(declaration: _Declaration, feed: _Located, label: str, columns: set[str]) -> KafkaOrigin | RestOrigin:
     kind = declaration.take(feed, "kind", str, label)
     if kind == "kafka":
-        declaration.only(feed, ("kind", "topic", "format"), label)
+        declaration.only(feed, ("kind", "topic", "format", "dead_letter_budget"), label)
         format_ = declaration.take(feed, "format", str, label, default="json")
         if format_ != "json":
             raise declaration.error(
@@ -395,7 +436,9 @@ def _parse_origin(declaration: _Declaration, feed: _Located, label: str, columns
             )
         return KafkaOrigin(topic=declaration.take(feed, "topic", str, label), format="json")
     if kind == "rest":
-        declaration.only(feed, ("kind", "base_url", "path", "params", "window", "records", "key"), label)
+        declaration.only(
+            feed, ("kind", "base_url", "path", "params", "window", "records", "key", "dead_letter_budget"), label
+        )
         origin = RestOrigin(
             base_url=declaration.take(feed, "base_url", str, label),
             path=declaration.take(feed, "path", str, label),

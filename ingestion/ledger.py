@@ -4,15 +4,19 @@ Everything here is about one feed and one connection. A load is true when its ro
 interrupted load left behind is invisible to every reader and removed by the next writer.
 """
 
+import contextlib
 import getpass
 import json
 import os
+import random
 import socket
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 
+import psycopg2
 import psycopg2.extensions
 from psycopg2 import sql
 
@@ -50,10 +54,13 @@ def holder_name() -> str:
 
 
 @contextmanager
-def writing(connection: Connection, feed: FeedSpec, *, take_over: bool = False) -> Iterator[Writer]:
+def writing(
+    connection: Connection, feed: FeedSpec, *, take_over: bool = False, wait_s: float = 0.0
+) -> Iterator[Writer]:
     """Hold the feed's lock and a fresh fencing token while the block runs.
 
     Args:
+        wait_s: seconds to wait for another writer to finish.
         take_over: end the session of a writer that holds the lock. It cannot commit any more: the token is ours.
 
     Raises:
@@ -61,7 +68,7 @@ def writing(connection: Connection, feed: FeedSpec, *, take_over: bool = False) 
     """
     connection.autocommit = True
     with connection.cursor() as cursor:
-        if not _try_lock(cursor, feed) and not (take_over and _end_holder(cursor, feed)):
+        if not _wait_for_lock(cursor, feed, wait_s) and not (take_over and _end_holder(cursor, feed)):
             cursor.execute(
                 sql.SQL("select holder, acquired_at from {} where feed = %s").format(_table(feed, "_writers")),
                 (feed.name,),
@@ -72,6 +79,7 @@ def writing(connection: Connection, feed: FeedSpec, *, take_over: bool = False) 
                 f"{feed.name} is being written by {who}.",
                 hint="Wait for it to finish. If it is stuck, `warehouse ingest --take-over` ends its right to commit.",
             )
+        _end_load_sessions(cursor, feed)
         cursor.execute(
             sql.SQL(
                 "insert into {} as w (feed, token, holder, acquired_at) values (%s, 1, %s, now()) "
@@ -84,9 +92,63 @@ def writing(connection: Connection, feed: FeedSpec, *, take_over: bool = False) 
     try:
         yield Writer(feed, token)
     finally:
+        # A session that was ended holds no lock, and must not hide why the block failed.
+        with contextlib.suppress(psycopg2.Error), connection.cursor() as cursor:
+            cursor.execute("select pg_advisory_unlock(%s, hashtext(%s))", (LOCK_SPACE, feed.name))
+
+
+def load_session_name(feed: FeedSpec) -> str:
+    """The application_name of the sessions dlt copies with, as Postgres keeps it (63 bytes).
+
+    Without a space: dlt writes one as `+` into its URL, which libpq does not read back.
+    """
+    return f"payments-warehouse:{feed.name}"[:63]
+
+
+def _end_load_sessions(cursor: psycopg2.extensions.cursor, feed: FeedSpec) -> None:
+    """End what an earlier writer left copying: the lock is ours, so none of it can become true.
+
+    A writer that froze between a COPY into the ledger and its commit would hold up ours in the exclusion constraint.
+    """
+    cursor.execute(
+        "select pg_terminate_backend(pid, 5000) from pg_stat_activity "
+        "where datname = current_database() and usename = current_user and application_name = %s",
+        (load_session_name(feed),),
+    )
+
+
+def _wait_for_lock(cursor: psycopg2.extensions.cursor, feed: FeedSpec, wait_s: float) -> bool:
+    deadline = time.monotonic() + wait_s
+    while not _try_lock(cursor, feed):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(min(random.uniform(0.05, 0.3), max(deadline - time.monotonic(), 0.0)))
+    return True
+
+
+@contextmanager
+def fenced(connection: Connection, writer: Writer) -> Iterator[psycopg2.extensions.cursor]:
+    """One transaction that is true only while the writer holds its feed: no taker-over can come between.
+
+    Raises:
+        FeedBusyError: the feed was taken over; nothing of the block is true.
+    """
+    connection.autocommit = False
+    try:
+        with connection, connection.cursor() as cursor:
+            cursor.execute(
+                sql.SQL("select token from {} where feed = %s for share").format(_table(writer.feed, "_writers")),
+                (writer.feed.name,),
+            )
+            if _one(cursor)[0] != writer.token:
+                raise FeedBusyError(
+                    f"{writer.feed.name} was taken over by another writer; this command changed nothing more.",
+                    hint="Nothing is lost: run it again.",
+                )
+            yield cursor
+    finally:
         if not connection.closed:
-            with connection.cursor() as cursor:
-                cursor.execute("select pg_advisory_unlock(%s, hashtext(%s))", (LOCK_SPACE, feed.name))
+            connection.autocommit = True
 
 
 def _try_lock(cursor: psycopg2.extensions.cursor, feed: FeedSpec) -> bool:
@@ -143,6 +205,12 @@ def sweep(connection: Connection, feed: FeedSpec) -> list[str]:
                 cursor.execute(
                     sql.SQL("delete from {} where _dlt_load_id = any(%s)").format(_table(feed, table)), (load_ids,)
                 )
+            cursor.execute(
+                sql.SQL("update {} set replay_load_id = null where replay_load_id = any(%s)").format(
+                    _table(feed, "_dead_letters")
+                ),
+                (load_ids,),
+            )
             cursor.execute(
                 sql.SQL("update {} set swept_at = now() where load_id = any(%s)").format(_table(feed, "_loads_begun")),
                 (load_ids,),
@@ -330,14 +398,15 @@ def fetch_content_hashes(
 
 
 def fetch_known_dead_values(connection: Connection, feed: FeedSpec, values: Sequence[bytes]) -> set[bytes]:
-    """Which of these bytes are dead-lettered already and open."""
+    """Which of these bytes are dead-lettered already: open, or discarded and not to be set aside again."""
     if not values:
         return set()
     with connection.cursor() as cursor:
         cursor.execute(
             sql.SQL(
-                "select raw_value from {dead} where feed = %s and status = 'open' and raw_value = any(%s) "
-                "and _dlt_load_id in (select load_id from {loads})"
+                "select raw_value from {dead} where feed = %s and raw_value = any(%s) "
+                "and _dlt_load_id in (select load_id from {loads}) "
+                "and (replay_load_id in (select load_id from {loads})) is not true"
             ).format(dead=_table(feed, "_dead_letters"), loads=_table(feed, "_dlt_loads")),
             (feed.name, list(values)),
         )

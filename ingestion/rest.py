@@ -7,9 +7,11 @@ error. Refuses to guess at a page of another shape.
 
 import datetime as dt
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import msgspec
@@ -20,6 +22,7 @@ from requests.adapters import HTTPAdapter
 
 from ingestion.errors import AuthenticationError, ConfigurationError, TransientError, WarehouseError
 from ingestion.feeds import FeedSpec, RecordsSpec, RestOrigin
+from ingestion.package import DLT_DEFAULTS
 from ingestion.settings import Settings
 
 REQUEST_TIMEOUT_S = 30
@@ -69,6 +72,9 @@ class EndpointReader:
 
     def __init__(self, settings: Settings, feed: FeedSpec) -> None:
         assert isinstance(feed.origin, RestOrigin)
+        # dlt reads its log level and its telemetry switch once, when anything of it is first used.
+        for name, value in DLT_DEFAULTS.items():
+            os.environ.setdefault(name, value)
         self.feed = feed
         self.origin = feed.origin
         self.base_url = settings.require(feed.origin.base_url, f"{feed.name} is read from there").rstrip("/")
@@ -78,7 +84,8 @@ class EndpointReader:
             request_max_attempts=MAX_ATTEMPTS,
             request_backoff_factor=BACKOFF_FACTOR_S,
             request_max_retry_delay=MAX_DELAY_S,
-            retry_condition=_is_cut,
+            status_codes=(),
+            retry_condition=_may_pass,
         )
         self._session = client.session
         for scheme in ("http://", "https://"):
@@ -148,21 +155,29 @@ class EndpointReader:
                     hint=f"Is {self.origin.base_url} the API's address? A proxy's page or a cut answer looks so too.",
                 )
             if isinstance(link, requests.HTTPError) and link.response is not None:
-                return self._classify_status(link.response.status_code)
+                return self._classify_status(link.response)
             if isinstance(link, requests.RequestException):
                 return TransientError(
                     f"{self.feed.name}: {self.base_url} does not answer ({type(link).__name__}).",
                     hint=f"Is it reachable? {self.origin.base_url} names it; `warehouse doctor` checks.",
                 )
             link = link.__cause__ or link.__context__
-        return WarehouseError(f"{self.feed.name}: reading {self.base_url} failed: {type(error).__name__}: {error}")
+        # Not its text, which may quote the page.
+        return WarehouseError(f"{self.feed.name}: reading {self.base_url} failed ({type(error).__name__}).")
 
-    def _classify_status(self, status: int) -> WarehouseError:
+    def _classify_status(self, response: requests.Response) -> WarehouseError:
+        status = response.status_code
         text = f"{self.feed.name}: {self.base_url} answered with status {status}"
         if status in (401, 403):
             return AuthenticationError(f"{text}: it refused us.", hint="Check the API's key.")
         if status == 429 or status >= 500:
-            return TransientError(f"{text} {MAX_ATTEMPTS} times.", hint="It is overloaded or down; run again later.")
+            wait = parse_retry_after(response.headers.get("Retry-After"))
+            long = wait is not None and wait > MAX_DELAY_S
+            return TransientError(
+                f"{text} and asks to come back in {wait:.0f} s." if long else f"{text} {MAX_ATTEMPTS} times.",
+                hint="It is overloaded or down; run again later.",
+                retry_after_s=wait,
+            )
         return ConfigurationError(
             f"{text}.", hint=f"Check {self.origin.base_url}, and path and params in {self.feed.file}:{self.feed.line}."
         )
@@ -194,15 +209,35 @@ class _ExactAdapter(HTTPAdapter):
         return response
 
 
-def _is_cut(response: requests.Response | None, _: BaseException | None) -> bool:
-    """Whether an answer says it is JSON and is none, as a body cut on its way. HTML is not asked for again."""
-    if response is None or not response.ok or "json" not in response.headers.get("Content-Type", ""):
+def _may_pass(response: requests.Response | None, _: BaseException | None) -> bool:
+    """Whether an answer is worth asking for again at once: 429 and 5xx, or JSON that is none, as a body cut on its way.
+
+    Not what asks for more patience than a run has between two requests, and not a page of HTML.
+    """
+    if response is None:
+        return False  # the network's own failures are dlt's to know
+    if response.status_code == 429 or response.status_code >= 500:
+        return (parse_retry_after(response.headers.get("Retry-After")) or 0) <= MAX_DELAY_S
+    if not response.ok or "json" not in response.headers.get("Content-Type", ""):
         return False
     try:
         response.json()
     except (ValueError, RecursionError):
         return True
     return False
+
+
+def parse_retry_after(text: str | None) -> float | None:
+    """Seconds of a Retry-After header (RFC 9110: seconds, or a date); None for none and for what is neither."""
+    if text is None:
+        return None
+    if text.strip().isdecimal():
+        return float(text)
+    try:
+        when = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    return max((when.replace(tzinfo=when.tzinfo or dt.UTC) - dt.datetime.now(dt.UTC)).total_seconds(), 0)
 
 
 def parse_page(content: bytes) -> Any:

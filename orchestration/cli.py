@@ -4,19 +4,24 @@ Thin: each command reads settings, calls one function of the house and prints wh
 needs inside it, so that `--help` answers at once.
 """
 
-import json
+import errno
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ingestion.errors import ConfigurationError, ErrorClass, WarehouseError
+from orchestration.cli_base import AsJson, Quiet, with_connection
+from orchestration.cli_base import make_reporter as _reporter
+from orchestration.cli_base import print_json as _print_json
+from orchestration.cli_base import project_settings as _settings
+from orchestration.cli_base import services_running as _services
+from orchestration.cli_replay import dead_letters_app, replay_window_command
 
 if TYPE_CHECKING:
+    from ingestion.feeds import FeedSpec
     from ingestion.settings import Settings
 
 # Documented in README.md, "Exit codes".
@@ -48,56 +53,58 @@ app = typer.Typer(
         "5 another writer holds the feed, 6 the source lost records, 7 a test or freshness check failed."
     ),
 )
+feeds_app = typer.Typer(help="What is declared; and losses of a source, accepted by name.")
 services_app = typer.Typer(no_args_is_help=True, help="The embedded Postgres, broker and rates API.")
-dead_letters_app = typer.Typer(no_args_is_help=True, help="Records set aside, with their bytes and a reason.")
+app.add_typer(feeds_app, name="feeds")
 app.add_typer(services_app, name="services")
 app.add_typer(dead_letters_app, name="dead-letters")
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same bytes.")]
 BadShare = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of known-bad records.")]
-
-T = TypeVar("T")
 
 
 def main() -> None:
     """Entry point: runs a command, turns a failure into one message and an exit code."""
     try:
         app()
-    except WarehouseError as error:
-        from orchestration.console import render_error
-
-        print(render_error(error), file=sys.stderr)
-        sys.exit(EXIT_CODES[error.error_class])
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:
+        # typer turns an interrupt into an exit with 130, without a word.
+        if isinstance(ended, SystemExit) and ended.code != 130:
+            raise
         print("interrupted; what was committed stays, the next run sweeps the rest", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        named = _name_error(error)
+        if named is None:
+            raise
+        from orchestration.console import render_error
+
+        print(render_error(named), file=sys.stderr)
+        sys.exit(EXIT_CODES[named.error_class])
 
 
-def _settings() -> "Settings":
-    from ingestion.settings import load_settings
+def _name_error(error: Exception) -> WarehouseError | None:
+    """The failure as one a user can act on; None for a fault of ours, which needs its stack trace."""
+    if isinstance(error, WarehouseError):
+        return error
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return ConfigurationError(f"{place}{error.strerror}.", hint="The system refused; check the path or the disk.")
+    if "psycopg2" in sys.modules:
+        import psycopg2
 
-    return load_settings()
+        if isinstance(error, psycopg2.Error):
+            from ingestion.database import classify_error
 
-
-@contextmanager
-def _services() -> Iterator["Settings"]:
-    """Settings in which every service has an address, for the length of a command."""
-    from orchestration.services import running
-
-    with running(_settings()) as settings:
-        yield settings
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, default=str))
+            return classify_error(error)
+    return None
 
 
-def _reporter(quiet: bool) -> Any:
-    from orchestration.console import Reporter
+def select_declared(names: list[str]) -> "list[FeedSpec]":
+    """The declared feeds of these names; asked before a service starts, so that a mistyped name costs nothing."""
+    from ingestion.feeds import load_feeds, select_feeds
 
-    return Reporter(quiet=quiet)
+    return select_feeds(load_feeds(_settings()), names)
 
 
 @app.command()
@@ -157,6 +164,9 @@ def _print_landings(landings: list[Any]) -> None:
 @app.command()
 def ingest(
     feeds: Annotated[list[str] | None, typer.Argument(help="Feeds by name; all for none.")] = None,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="End the right to commit of a writer that is stuck.")
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -165,17 +175,17 @@ def ingest(
     Example: warehouse ingest raw_payments.transaction_created
     """
     from ingestion.database import connect
-    from ingestion.feeds import select_feeds
     from orchestration.history import recorded_run
     from orchestration.run import ingest as ingest_feeds
     from orchestration.run import prepare
 
+    chosen = select_declared(feeds or [])
     with _services() as settings:
-        chosen = select_feeds(prepare(settings), feeds or [])
+        prepare(settings)
         connection = connect(settings, purpose="ingest")
         try:
             with recorded_run(connection, "ingest", "manual", settings.project_dir) as recorded:
-                landings = ingest_feeds(settings, chosen, recorded, _reporter(quiet))
+                landings = ingest_feeds(settings, chosen, recorded, _reporter(quiet), take_over=take_over)
         finally:
             connection.close()
         if as_json:
@@ -241,6 +251,9 @@ def sample(
         make(running_settings)
 
 
+app.command("replay")(replay_window_command)
+
+
 @app.command()
 def status(as_json: AsJson = False) -> None:
     """Per feed: offered, landed, dead, lost, when it was last read, and what waits at the source.
@@ -258,12 +271,14 @@ def status(as_json: AsJson = False) -> None:
             print(render_status(statuses))
 
 
-@app.command()
-def feeds(as_json: AsJson = False) -> None:
+@feeds_app.callback(invoke_without_command=True)
+def feeds(context: typer.Context, as_json: AsJson = False) -> None:
     """What is declared: each feed's origin, contract and where it stands in the project.
 
     Example: warehouse feeds --json
     """
+    if context.invoked_subcommand is not None:
+        return
     from ingestion.feeds import KafkaOrigin, load_feeds
     from orchestration.console import render_table
 
@@ -300,10 +315,30 @@ def feeds(as_json: AsJson = False) -> None:
     print(render_table(("feed", "kind", "origin", "columns", "personal", "contract", "declared in"), rows, indent=""))
 
 
+@feeds_app.command("accept-loss")
+def feeds_accept_loss(
+    feed: Annotated[str, typer.Argument(help="The feed whose source lost records.")],
+    reason: Annotated[str, typer.Option(help="Why this is so; kept beside the loss.")],
+    as_json: AsJson = False,
+) -> None:
+    """Accept what a source lost, or that another source took its place, so that runs succeed again.
+
+    Example: warehouse feeds accept-loss raw_payments.transaction_created --reason "retention was too short, #123"
+    """
+    from ingestion.ledger import accept_losses
+
+    (chosen,) = select_declared([feed])
+    accepted = with_connection(lambda connection: accept_losses(connection, chosen, reason), "feeds")
+    if as_json:
+        _print_json({"feed": chosen.name, "accepted": accepted, "reason": reason})
+    else:
+        print("\n".join(f"accepted: {detail}" for detail in accepted) or f"{chosen.name} has no open loss")
+
+
 @app.command()
 def docs(
     serve: Annotated[bool, typer.Option("--serve", help="Serve the page on 127.0.0.1 until interrupted.")] = False,
-    port: Annotated[int, typer.Option(help="Port for --serve; 0 takes a free one.")] = 8080,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port for --serve; 0 takes a free one.")] = 8080,
 ) -> None:
     """Write the dbt docs lineage site as one offline page.
 
@@ -328,10 +363,18 @@ def doctor(as_json: AsJson = False) -> None:
 
     Example: warehouse doctor
     """
+    from ingestion.feeds import load_feeds
     from orchestration.doctor import examine
+    from orchestration.services import running
 
-    with _services() as settings:
-        checks = examine(settings)
+    settings = _settings()
+    topics: dict[str, int] | None = None
+    try:
+        load_feeds(settings)
+    except ConfigurationError:
+        topics = {}  # the broker starts without the declared topics, and the check of the declarations says why
+    with running(settings, topics=topics) as served:
+        checks = examine(served)
     if as_json:
         _print_json([check.__dict__ for check in checks])
     else:
@@ -394,79 +437,3 @@ def _show_services(as_json: bool) -> None:
         print(render_table(("service", "address", "pid", "since"), rows, indent=""))
     else:
         print("no embedded service runs")
-
-
-@dead_letters_app.command("list")
-def dead_letters_list(
-    feed: Annotated[str | None, typer.Option(help="Only this feed.")] = None,
-    reason: Annotated[str | None, typer.Option(help="Only this reason class.")] = None,
-    since: Annotated[
-        datetime | None, typer.Option(formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"], help="Set aside since, UTC.")
-    ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most this many, newest first.")] = 50,
-    as_json: AsJson = False,
-) -> None:
-    """Records set aside: coordinates, reason and path; never a payload.
-
-    Example: warehouse dead-letters list --feed raw_payments.transaction_created --reason wrong_type
-    """
-    from orchestration.console import render_table
-    from orchestration.dead_letters import list_dead_letters
-
-    when = since.replace(tzinfo=UTC) if since else None
-    letters = _with_connection(
-        lambda connection: list_dead_letters(connection, feed=feed, reason=reason, since=when, limit=limit)
-    )
-    if as_json:
-        _print_json([letter.as_dict() for letter in letters])
-        return
-    if not letters:
-        print("no dead letters")
-        return
-    rows = [(o.dead_letter_id, o.coordinates, o.reason, o.path, o.message, o.status) for o in letters]
-    print(render_table(("id", "where", "reason", "path", "message", "status"), rows, indent=""))
-    if len(letters) == limit:
-        print(f"... the newest {limit}; --limit shows more")
-
-
-@dead_letters_app.command("show")
-def dead_letters_show(
-    dead_letter_id: Annotated[str, typer.Argument(help="Id from `dead-letters list`.")],
-    payload: Annotated[
-        bool, typer.Option("--payload", help="Also print key, headers and bytes; they may hold personal data.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """One record set aside; its bytes only when asked for.
-
-    Example: warehouse dead-letters show 3f9c0d5e7a1b2c4d --payload
-    """
-    from orchestration.dead_letters import fetch_dead_letter
-
-    letter, key, value, headers = _with_connection(lambda connection: fetch_dead_letter(connection, dead_letter_id))
-    shown = letter.as_dict()
-    if payload:
-        shown |= {"key_hex": key.hex() if key is not None else None, "headers": headers, "value_hex": value.hex()}
-    if as_json:
-        _print_json(shown)
-        return
-    for name, entry in shown.items():
-        if entry is not None and name != "value_hex":
-            print(f"{name}: {entry}")
-    if payload:
-        sys.stdout.write("value: ")
-        sys.stdout.flush()
-        sys.stdout.buffer.write(value + b"\n")
-
-
-def _with_connection(ask: Callable[[Any], T]) -> T:
-    from ingestion.database import connect
-    from orchestration.run import prepare
-
-    with _services() as settings:
-        prepare(settings)
-        connection = connect(settings, purpose="dead-letters")
-        try:
-            return ask(connection)
-        finally:
-            connection.close()

@@ -3,16 +3,19 @@
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-from ingestion.database import connect, where
+import psycopg2
+
+from ingestion.database import classify_error, connect, where
 from ingestion.errors import WarehouseError
 from ingestion.feeds import FeedSpec, KafkaOrigin, RestOrigin, load_feeds
 from ingestion.settings import Settings
 
 MIN_FREE_BYTES = 1 << 30
-MIN_POSTGRES = 140000
+MIN_POSTGRES = 150000
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,17 @@ def examine(settings: Settings) -> list[Check]:
 
     checks.append(_attempt("declarations", declarations))
     checks.append(_attempt("postgres", lambda: _examine_postgres(settings)))
-    for feed in feeds:
-        if isinstance(feed.origin, KafkaOrigin):
-            checks.append(_attempt(f"topic {feed.origin.topic}", partial(_examine_topic, settings, feed)))
-        else:
-            checks.append(_attempt(f"api {feed.name}", partial(_examine_api, settings, feed)))
+    # At once: a server that is down takes its whole time to say nothing.
+    with ThreadPoolExecutor(max_workers=max(len(feeds), 1)) as pool:
+        checks.extend(pool.map(lambda feed: _check_source(settings, feed), feeds))
     checks.append(_attempt("dbt profile", lambda: _examine_profile(settings)))
     return checks
+
+
+def _check_source(settings: Settings, feed: FeedSpec) -> Check:
+    if isinstance(feed.origin, KafkaOrigin):
+        return _attempt(f"topic {feed.origin.topic}", partial(_examine_topic, settings, feed))
+    return _attempt(f"api {feed.name}", partial(_examine_api, settings, feed))
 
 
 def _attempt(name: str, examine_: Callable[[], str]) -> Check:
@@ -54,6 +61,11 @@ def _attempt(name: str, examine_: Callable[[], str]) -> Check:
         return Check(name, True, examine_())
     except WarehouseError as error:
         return Check(name, False, error.message, error.hint)
+    except psycopg2.Error as error:
+        named = classify_error(error)
+        if named is None:
+            raise
+        return Check(name, False, named.message, named.hint)
 
 
 def _check_disk(settings: Settings) -> Check:
@@ -80,7 +92,7 @@ def _examine_postgres(settings: Settings) -> str:
         connection.close()
     place = where(settings.dsn or "")
     if version < MIN_POSTGRES:
-        raise WarehouseError(f"Postgres at {place} is version {version // 10000}.", hint="Use Postgres 14 or later.")
+        raise WarehouseError(f"Postgres at {place} is version {version // 10000}.", hint="Use Postgres 15 or later.")
     if not may_create:
         raise WarehouseError(f"The user may not create schemas in {place}.", hint="grant create on database ... to ...")
     if not has_gist:
@@ -114,6 +126,8 @@ def _examine_api(settings: Settings, feed: FeedSpec) -> str:
     today = dt.datetime.now(dt.UTC)
     # A week holds a business day; a day may hold none.
     windows = plan_windows(feed.origin, today, today.date())[-1:]
+    if not windows:
+        return f"nothing is asked for before {feed.origin.window.start}, at {reader.base_url}"
     records = sum(len(page.records) for page in reader.read(windows))
     return f"{records} records from {windows[0][0]:%Y-%m-%d} on, at {reader.base_url}"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ingestion.database import connect
 from ingestion.ddl import ensure_schema
-from ingestion.errors import WarehouseError
+from ingestion.errors import DataError, WarehouseError
 from ingestion.feeds import FeedSpec, load_feeds
 from ingestion.retry import policy_of, retrying
 from ingestion.settings import Settings
@@ -80,6 +80,7 @@ def ingest(
                 report.landings.append(landing)
                 if landing.open_losses:
                     raise loss_error(feed.name, landing.open_losses)
+                require_within_budget(feed, landing)
         except WarehouseError as error:
             failures.append(error)
             reporter.line(f"{feed.name}: failed: {error.message}")
@@ -96,6 +97,22 @@ def ingest(
             first.message += "".join(f"\n  also: {error.message}" for error in failures[1:])
         raise first
     return report.landings
+
+
+def require_within_budget(feed: FeedSpec, landing: "Landing") -> None:
+    """Nothing while what a run set aside stays within the feed's budget. Everything has landed safely either way.
+
+    Raises:
+        DataError: it is over; the message says by how much and the reasons.
+    """
+    excess = feed.dead_letter_budget.find_excess(landing.offered, landing.dead)
+    if excess is not None:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in landing.reasons.most_common(5))
+        raise DataError(
+            f"{feed.name} {excess}: {reasons}.",
+            hint=f"Everything landed or is kept: `warehouse dead-letters list --feed {feed.name}` says why. "
+            "Correct the sender or the contract, then `warehouse dead-letters replay`.",
+        )
 
 
 def run_all(settings: Settings, reporter: Reporter, *, command: str = "run", trigger: str = "manual") -> RunReport:

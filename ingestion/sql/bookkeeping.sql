@@ -55,7 +55,11 @@ create table if not exists raw_schema._loads_begun (
     feed text not null,
     writer_token bigint not null,
     begun_at timestamptz not null default now(),
-    swept_at timestamptz
+    swept_at timestamptz,
+    -- What it was reading, in case it dies of it: see ingestion/poison.py.
+    phase text not null default 'reading' check (phase in ('reading', 'read', 'excused')),
+    batch text,
+    noted text
 );
 
 create index if not exists _ledger__load on raw_schema._ledger (_dlt_load_id);
@@ -63,6 +67,33 @@ create index if not exists _ledger__position on raw_schema._ledger (stream_id, p
 create index if not exists _dead_letters__load on raw_schema._dead_letters (_dlt_load_id);
 create index if not exists _dead_letters__feed on raw_schema._dead_letters (feed, failed_at desc);
 create index if not exists _dead_letters__id on raw_schema._dead_letters (dead_letter_id);
+create index if not exists _dead_letters__place on raw_schema._dead_letters (
+    _stream_id, _kafka_partition, _kafka_offset
+);
+create index if not exists _dead_letters__replay on raw_schema._dead_letters (replay_load_id)
+where replay_load_id is not null;
+
+-- Who did what with a dead letter. Rows are added and never changed; one with a load counts when that load is committed.
+create table if not exists raw_schema._dead_letter_events (
+    event_id bigint generated always as identity primary key,
+    dead_letter_id text not null,
+    feed text not null,
+    action text not null check (action in ('replayed', 'failed_again', 'discarded')),
+    acted_at timestamptz not null default clock_timestamp(),
+    acted_by text not null,
+    because text,
+    load_id text,
+    contract_version text not null,
+    loader_version text not null,
+    -- Why it failed again; coordinates and rules, never the record.
+    reason text,
+    path text,
+    message text,
+    check ((action = 'replayed') = (load_id is not null)),
+    check ((action = 'failed_again') = (reason is not null)),
+    check (action <> 'discarded' or because <> '')
+);
+create index if not exists _dead_letter_events__letter on raw_schema._dead_letter_events (dead_letter_id);
 
 do $constraints$
 begin
@@ -80,6 +111,19 @@ begin
                 or last_position - first_position + 1 = landed + dead + tombstones + control + lost
             ),
             add constraint _ledger__has_window check (kind <> 'api' or window_from < window_to);
+    end if;
+    if not exists (
+        select from pg_constraint
+        where conname = '_ledger__replays_dead_letters' and conrelid = 'raw_schema._ledger'::regclass
+    ) then
+        -- A replay offers nothing new: what it lands, it takes from the dead.
+        alter table raw_schema._ledger
+            add constraint _ledger__replays_dead_letters check (
+                kind <> 'replay' or (offered = 0 and landed >= 0 and dead = -landed and first_position is null)
+            ),
+            add constraint _ledger__only_replays_restore check (
+                kind = 'replay' or (dead >= 0 and restored = 0)
+            );
     end if;
 end
 $constraints$;
@@ -103,7 +147,10 @@ begin
 
     select count(*) filter (where writer_token <> writer.token) as fenced, count(*) as intervals into broken
     from raw_schema._ledger where _dlt_load_id = new.load_id;
-    if broken.fenced > 0 then
+    -- The heir's sweep takes the load's ledger rows away: then the note of its beginning tells whose it was.
+    if broken.fenced > 0 or exists (
+        select from raw_schema._loads_begun where load_id = new.load_id and writer_token <> writer.token
+    ) then
         raise exception 'fenced: % was taken over by % at %', feed_name, writer.holder, writer.acquired_at
             using errcode = 'PW001';
     end if;
@@ -134,6 +181,7 @@ begin
                 c.stream_id = l.stream_id and c.partition = l.partition
                 and c._dlt_load_id <> new.load_id
                 and c._dlt_load_id in (select load_id from raw_schema._dlt_loads)
+                and c.last_position is not null
             order by c.last_position desc limit 1
         )) as last_position
     ) as previous
@@ -163,16 +211,55 @@ begin
 
     execute format('select count(*) from %I.%I where _dlt_load_id = $1', tg_table_schema, new.schema_name)
         into counted using new.load_id;
-    select sum(landed) into accounted from raw_schema._ledger where _dlt_load_id = new.load_id;
+    select sum(landed + restored) into accounted from raw_schema._ledger where _dlt_load_id = new.load_id;
     if counted <> accounted then
         raise exception 'unaccounted: load % of % copied % rows, its ledger says %',
             new.load_id, feed_name, counted, accounted using errcode = 'PW002';
     end if;
     select count(*) into counted from raw_schema._dead_letters where _dlt_load_id = new.load_id;
-    select sum(dead) into accounted from raw_schema._ledger where _dlt_load_id = new.load_id;
+    select coalesce(sum(dead) filter (where kind <> 'replay'), 0) into accounted
+    from raw_schema._ledger where _dlt_load_id = new.load_id;
     if counted <> accounted then
         raise exception 'unaccounted: load % of % copied % dead letters, its ledger says %',
             new.load_id, feed_name, counted, accounted using errcode = 'PW002';
+    end if;
+
+    select
+        stream_id, partition, coalesce(replays.landed, 0) as landed, coalesce(marks.marked, 0) as marked
+    into broken
+    from (
+        select stream_id, partition, sum(landed) as landed
+        from raw_schema._ledger
+        where _dlt_load_id = new.load_id and kind = 'replay'
+        group by stream_id, partition
+    ) as replays
+    full join (
+        select _stream_id as stream_id, coalesce(_kafka_partition, 0) as partition, count(*) as marked
+        from raw_schema._dead_letters
+        where
+            replay_load_id = new.load_id and feed = feed_name and discarded_at is null
+            and _dlt_load_id in (select load_id from raw_schema._dlt_loads)
+        group by _stream_id, coalesce(_kafka_partition, 0)
+    ) as marks using (stream_id, partition)
+    where coalesce(replays.landed, 0) <> coalesce(marks.marked, 0)
+    limit 1;
+    if found then
+        raise exception 'unaccounted: load % of % replays % dead letters of stream % partition %, % are marked with it',
+            new.load_id, feed_name, broken.landed, broken.stream_id, broken.partition, broken.marked
+            using errcode = 'PW002';
+    end if;
+    if exists (
+        select from raw_schema._dead_letters where replay_load_id = new.load_id and _kafka_offset is not null
+    ) then
+        execute format(
+            'select count(*) from raw_schema._dead_letters d where d.replay_load_id = $1 and not exists ('
+            'select from %I.%I r where r._dlt_load_id = $1 and (r._stream_id, r._kafka_partition, r._kafka_offset) '
+            '= (d._stream_id, d._kafka_partition, d._kafka_offset))', tg_table_schema, new.schema_name
+        ) into counted using new.load_id;
+        if counted > 0 then
+            raise exception 'unaccounted: load % of % holds no row for % of the dead letters it replays',
+                new.load_id, feed_name, counted using errcode = 'PW002';
+        end if;
     end if;
     return new;
 end
@@ -180,3 +267,31 @@ $guard$;
 
 create or replace trigger _guard_commit before insert on raw_schema._dlt_loads
 for each row execute function raw_schema._guard_commit();
+
+-- A dead letter is resolved once: replayed by a committed load, or discarded.
+create or replace function raw_schema._guard_resolved() returns trigger language plpgsql as $guard$
+begin
+    if old.replay_load_id is distinct from new.replay_load_id or old.discarded_at is distinct from new.discarded_at then
+        if old.replay_load_id in (select load_id from raw_schema._dlt_loads) then
+            raise exception 'resolved: dead letter % was replayed by load %', old.dead_letter_id, old.replay_load_id
+                using errcode = 'PW004';
+        elsif old.discarded_at is not null then
+            raise exception 'resolved: dead letter % was discarded at %', old.dead_letter_id, old.discarded_at
+                using errcode = 'PW004';
+        end if;
+    end if;
+    return new;
+end
+$guard$;
+
+create or replace trigger _guard_resolved before update of replay_load_id, discarded_at on raw_schema._dead_letters
+for each row execute function raw_schema._guard_resolved();
+
+create or replace function raw_schema._refuse_change() returns trigger language plpgsql as $guard$
+begin
+    raise exception 'append-only: rows of % are added and never changed', tg_relid::regclass using errcode = 'PW005';
+end
+$guard$;
+
+create or replace trigger _append_only before update or delete or truncate on raw_schema._dead_letter_events
+for each statement execute function raw_schema._refuse_change();

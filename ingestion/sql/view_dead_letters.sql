@@ -21,8 +21,26 @@ select
     d.headers,
     d.contract_version,
     d.loader_version,
-    d.attempts,
-    d.status
+    (
+        d.attempts + (
+            select count(*) from raw_schema._dead_letter_events as e
+            where
+                e.dead_letter_id = d.dead_letter_id
+                and e.action in ('replayed', 'failed_again')
+                and (e.load_id is null or e.load_id in (select load_id from raw_schema._dlt_loads))
+        )
+    )::integer as attempts,
+    case
+        when d.replay_load_id in (select load_id from raw_schema._dlt_loads) then 'replayed'
+        when d.discarded_at is not null then 'discarded'
+        else 'open'
+    end as status,
+    case
+        when d.replay_load_id in (select load_id from raw_schema._dlt_loads) then d.replay_load_id
+    end as replay_load_id,
+    d.discarded_at,
+    d.discarded_by,
+    d.discarded_because
 from raw_schema._dead_letters as d
 inner join raw_schema._streams as s on d._stream_id = s.stream_id
 where d._dlt_load_id in (select load_id from raw_schema._dlt_loads)

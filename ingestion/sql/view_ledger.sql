@@ -23,7 +23,8 @@ select
     l.source_time_min,
     l.source_time_max,
     l.contract_version,
-    l.loaded_at
+    l.loaded_at,
+    l.restored
 from raw_schema._ledger as l
 inner join raw_schema._streams as s on l.stream_id = s.stream_id
 where l._dlt_load_id in (select load_id from raw_schema._dlt_loads)

@@ -25,6 +25,10 @@ final as (
 
         source_time,
         failed_at,
+        replay_load_id,
+        discarded_at,
+        discarded_by,
+        discarded_because,
         contract_version,
         loader_version
     from dead_letters

@@ -36,6 +36,7 @@ final as (
         ledger.unchanged,
         ledger.control,
         ledger.lost,
+        ledger.restored,
         ledger.drifted,
         ledger.bytes,
 

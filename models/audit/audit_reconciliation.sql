@@ -33,7 +33,9 @@ accounted as (
 dead_rows as (
     select
         feed,
-        count(*) as dead_letter_rows
+        -- A replayed one is counted among the landed.
+        count(*) filter (where status <> 'replayed') as dead_letter_rows,
+        count(*) filter (where status = 'replayed') as replayed_rows
     from dead_letters
     group by feed
 ),
@@ -86,6 +88,7 @@ final as (
         coalesce(accounted.lost, 0) as lost,
         coalesce(accounted.drifted, 0) as drifted,
         coalesce(dead_rows.dead_letter_rows, 0) as dead_letter_rows,
+        coalesce(dead_rows.replayed_rows, 0) as replayed_rows,
         landed.raw_rows,
         landed.waiting_rows,
         staged.staged_rows,

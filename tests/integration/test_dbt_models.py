@@ -106,7 +106,7 @@ class RawLog:
                 )
             cursor.execute(
                 f"insert into {schema}._ledger values (%s, %s, 'api', 0, null, null, %s, %s, 1, %s, %s, 0, 0, 0, 0, 0,"
-                " 0, 0, null, null, 'test', 1, now(), %s)",
+                " 0, 0, 0, null, null, 'test', 1, now(), %s)",
                 (
                     ".".join(feed),
                     stream_id,

@@ -1,0 +1,1 @@
+"""The scenarios: each takes a plan (servers, repeats, time) and gives its outcome."""
