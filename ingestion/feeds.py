@@ -313,6 +313,8 @@ def load_feeds(settings: Settings) -> list[FeedSpec]:
     feeds: dict[str, FeedSpec] = {}
     root = settings.project_dir
     for path in sorted((root / "models").rglob("*.y*ml")):
+        if path.name.startswith("."):  # an editor's lock file
+            continue
         if "sources:" not in path.read_text(encoding="utf-8", errors="replace"):
             continue
         declaration = _Declaration(path, root)

@@ -460,7 +460,8 @@ def classify_load_error(error: BaseException, feed: FeedSpec) -> WarehouseError:
         )
     if code.startswith(("22", "23", "54")) or REFUSED_IN_WORDS.search(text):
         return RefusedDataError(
-            f"{feed.name}: Postgres refused a record of the load.", hint="The load is halved until the record is found."
+            f"{feed.name}: Postgres refused a record that fits the contract.",
+            hint="A constraint of the raw table that is not declared? Declare it as a rule, or drop it.",
         )
     if code.startswith("28"):
         return AuthenticationError(f"{feed.name}: Postgres refused the user.", hint="Check WAREHOUSE_DSN.")

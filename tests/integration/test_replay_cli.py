@@ -80,7 +80,7 @@ def test_from_a_rejected_record_to_a_landed_one(
 
     # Over its budget the run fails, and everything is where it belongs.
     ask("ingest", PAYMENTS, code=7)
-    assert "set 21 of 111 records aside (18.9%), its budget is 5.0%: not_accepted 20, malformed_json 1" in said[-1]
+    assert "set 21 of 111 records aside (18.9%), its budget is 10.0%: not_accepted 20, malformed_json 1" in said[-1]
     assert query("select landed::int, dead::int from ops.ledger") == [(90, 21)]
 
     groups = json.loads(ask("dead-letters", "stats", "--json"))

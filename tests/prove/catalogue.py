@@ -27,11 +27,13 @@ class Twin:
 SCENARIOS = {
     "kill-boundaries": Scenario(kills.kill_at_boundaries, 3.0, 100, 120),
     "kill-random": Scenario(kills.kill_at_random, 4.0, 200, 1500),
+    "zombies": Scenario(writers.wake_zombies, 4.0, 100, 300),
+    "ten-at-once": Scenario(writers.start_ten_at_once, 0.6, 5, 1000),
     "pg-restart": Scenario(postgres.restart_postgres, 1.0, 10, 1500),
     "pg-cut": Scenario(postgres.cut_connections, 1.0, 15, 1500),
     "pg-lock": Scenario(postgres.lock_table, 1.0, 15, 1500),
     "pg-timeout": Scenario(postgres.time_out_statements, 1.0, 15, 1500),
-    "pg-disk-full": Scenario(postgres.fill_disk, 0.6, 1, 1000),
+    "pg-disk-full": Scenario(postgres.fill_disk, 1.0, 1, 1000),
     "pg-outage": Scenario(postgres.sit_out_an_outage, 1.4, 60, 3000),
     "kafka-restart": Scenario(kafka.restart_broker, 1.5, 8, 2000),
     "kafka-slow": Scenario(kafka.slow_broker, 0.8, 5, 2000),
@@ -40,8 +42,6 @@ SCENARIOS = {
     "kafka-recreated": Scenario(kafka.recreate_topic, 0.3, 1, 600),
     "kafka-partitions": Scenario(kafka.add_partitions, 0.3, 1, 600),
     "kafka-compacted": Scenario(kafka.compact_topic, 0.5, 1, 1000),
-    "zombies": Scenario(writers.wake_zombies, 4.0, 100, 300),
-    "ten-at-once": Scenario(writers.start_ten_at_once, 0.6, 5, 1000),
     "api-kills": Scenario(api.kill_api_loader, 1.2, 40, 0),
     "replay": Scenario(replay.replay_dead_letters, 0.8, 3, 1600),
 }

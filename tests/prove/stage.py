@@ -25,7 +25,7 @@ from typing import Any
 
 import psycopg2
 import psycopg2.extensions
-from confluent_kafka import Consumer, IsolationLevel, KafkaError, TopicPartition
+from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import OffsetSpec
 
 from ingestion import ledger
@@ -312,14 +312,23 @@ class Site:
         return self._offsets(OffsetSpec.earliest())
 
     def _offsets(self, spec: OffsetSpec) -> dict[int, int]:
-        admin = self.stage.kafka.admin()
-        partitions = admin.list_topics(self.topic, timeout=15).topics[self.topic].partitions
-        futures = admin.list_offsets(
-            {TopicPartition(self.topic, partition): spec for partition in partitions},
-            isolation_level=IsolationLevel.READ_UNCOMMITTED,
-            request_timeout=15,
-        )
-        return {place.partition: future.result().offset for place, future in futures.items()}
+        found: dict[int, int] = {}
+
+        def ask() -> bool:
+            admin = self.stage.kafka.admin()
+            partitions = admin.list_topics(self.topic, timeout=15).topics[self.topic].partitions
+            futures = admin.list_offsets(
+                {TopicPartition(self.topic, partition): spec for partition in partitions},
+                isolation_level=IsolationLevel.READ_UNCOMMITTED,
+                request_timeout=15,
+            )
+            # A partition that was just made, or a broker that just came back, has no leader for a moment.
+            with suppress(KafkaException):
+                found.update({place.partition: future.result().offset for place, future in futures.items()})
+            return len(found) == len(partitions)
+
+        wait_until(ask, f"the offsets of {self.topic}", every_s=0.1)
+        return found
 
     def read_log(self) -> dict[int, set[int]]:
         """The offsets the broker delivers now, per partition, read to the end."""

@@ -19,7 +19,7 @@ from orchestration.cli_replay import _window
 from orchestration.run import require_within_budget
 
 SOURCES = "models/staging/payments/_payments__sources.yml"
-DECLARED = "dead_letter_budget: {share: 0.05}"
+DECLARED = "dead_letter_budget: {share: 0.1}"
 
 
 @pytest.mark.parametrize(
@@ -42,10 +42,10 @@ def test_a_budget_of_dead_letters(budget: DeadLetterBudget, offered: int, dead: 
 
 def test_a_run_over_its_budget_fails_with_what_to_do(feed_named: Callable[[str], FeedSpec]) -> None:
     feed = feed_named("raw_payments.transaction_created")
-    landing = Landing(feed.name, landed=900, dead=100)
+    landing = Landing(feed.name, landed=850, dead=150)
     landing.reasons.update({"wrong_type": 60, "malformed_json": 40})
     with pytest.raises(
-        DataError, match=r"100 of 1,000 records aside \(10\.0%\), its budget is 5\.0%: wrong_type 60"
+        DataError, match=r"150 of 1,000 records aside \(15\.0%\), its budget is 10\.0%: wrong_type 60"
     ) as e:
         require_within_budget(feed, landing)
     assert "dead-letters list" in e.value.hint

@@ -26,7 +26,8 @@ def kill_api_loader(plan: Plan) -> Outcome:
     rng = Random(f"{plan.stage.seed}/api")
     span = 1.0
     today = datetime.now(UTC).date()
-    shown = [today - timedelta(days=plan.repeats)]
+    # Within the days that are asked for again: earlier ones the feed does not look at a second time.
+    shown = [today - timedelta(days=20)]
     with serving(plan.stage.seed, today=lambda: shown[0]) as server, plan.stage.site("api") as site:
         env = {"PROVE_FEED": FX, "FX_API_BASE": server.url}
         while outcome.kills < plan.repeats and plan.has_time:
@@ -34,7 +35,7 @@ def kill_api_loader(plan: Plan) -> Outcome:
             shown[0] = min(shown[0] + timedelta(days=1), today)
             correction = f"0.{rng.randrange(8000, 9000)}"
             with server.lock:
-                server.book.correct(_working_day(shown[0] - timedelta(days=rng.randrange(3, 20))), "GBP", correction)
+                server.book.correct(_working_day(shown[0] - timedelta(days=rng.randrange(1, 6))), "GBP", correction)
             begun = time.monotonic()
             loader = site.start(**env)
             pause(loader, rng.uniform(0.0, span * 1.2))

@@ -172,7 +172,7 @@ def fill_disk(plan: Plan) -> Outcome:
             site.query(f"alter table {RAW} set tablespace prove_small")
         failures = 0
         for _ in range(60):
-            site.send(plan.records)
+            site.send(plan.records if failures else plan.records * 4)
             loader = site.run()
             outcome.count(loader)
             failures += loader.code != 0
