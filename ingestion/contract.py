@@ -369,12 +369,18 @@ def _inspect_number(number: _Number, path: str) -> None:
 
 
 def _digits(number: str) -> tuple[int, int]:
-    """How many digits before and after the decimal point a JSON number has when written out."""
-    mantissa, _, exponent = number.lower().lstrip("-").partition("e")
-    # An exponent of more digits than this is beyond every bound, and slow to parse.
-    power = 0 if not exponent else int(exponent) if len(exponent) <= 12 else 10**12 * (-1 if "-" in exponent else 1)
-    whole, _, part = mantissa.partition(".")
-    return max(len(whole) + power, 1), max(len(part.rstrip("0")) - power, 0)
+    """How many digits before and after the decimal point a JSON number needs when written out; 0.125 needs 0 and 3."""
+    mantissa, _, exponent = number.lower().partition("e")
+    if len(exponent) > 12:  # beyond every bound, and slow to work out
+        if not Decimal(mantissa):
+            return 0, 0
+        return (0, 10**12) if exponent.startswith("-") else (10**12, 0)
+    _, digits, power = Decimal(number).as_tuple()
+    assert isinstance(power, int), "a JSON number is finite"
+    count = len(digits)
+    while count and digits[count - 1] == 0:
+        count, power = count - 1, power + 1
+    return (max(count + power, 0), max(-power, 0)) if count else (0, 0)
 
 
 def _build_check(spec: ColumnSpec) -> Check | Callable[[bool], str]:
@@ -449,20 +455,17 @@ def _build_numeric_check(precision: int, scale: int) -> Check:
         plain = PLAIN_NUMBER.fullmatch(number)
         if plain is not None:
             whole, part = plain.groups()
-            if len(whole) <= room and (part is None or len(part) <= scale):
+            if (len(whole) <= room or whole == "0") and (part is None or len(part) <= scale):
                 return number
         elif not (number[:1].isdigit() or number[:1] == "-"):
             raise _RejectedError(Reason.WRONG_TYPE, "expected a number")
         integer, fraction = _digits(number)
-        value = Decimal(number) if integer <= room and fraction <= scale else None
-        if value is None and integer > room and not Decimal(number.lower().partition("e")[0]):
-            value = Decimal(0)
-        if value is None:
+        if integer > room or fraction > scale:
             raise _RejectedError(
                 Reason.OUT_OF_RANGE,
                 f"has {integer} digits and {fraction} decimals, numeric({precision},{scale}) holds {room} and {scale}",
             )
-        return format(value, "f")
+        return format(Decimal(number), "f") if (integer, fraction) != (0, 0) else "0"
 
     return check
 

@@ -99,7 +99,6 @@ class TopicReader:
             "enable.partition.eof": True,
             "fetch.queue.backoff.ms": 10,
             "queued.max.messages.kbytes": 16_384,
-            "fetch.message.max.bytes": 8_388_608,
             "error_cb": self._on_error,
         }
         self._consumer: Consumer | None = None

@@ -98,10 +98,12 @@ def ensure_profiles(settings: Settings) -> Path:
         if "'" in value or '"' in value or "\\" in value:
             continue  # cannot stand in the file's quotes; the variable says it
         text = re.sub(rf"(env_var\('{name}', ')[^']*'", rf"\g<1>{value}'", text)
-    # The embedded server's password is in it.
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+    # The embedded server's password is in it. Linked into place whole: another command may look at this very moment.
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".profiles", encoding="utf-8") as file:
         file.write(text)
+        file.flush()
+        with contextlib.suppress(FileExistsError):
+            os.link(file.name, path)
     return path
 
 

@@ -22,7 +22,6 @@ from tests.prove.loader import PROJECT
 from tests.prove.outcome import Caught, Outcome, Plan
 from tests.prove.stage import Stage, StuckError, opened
 
-
 # However little time is left, each scenario runs so long (on a busy machine the fixed ones take more than their share).
 LEAST_S = 10.0
 

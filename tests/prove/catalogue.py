@@ -25,8 +25,8 @@ class Twin:
 
 
 SCENARIOS = {
-    "kill-boundaries": Scenario(kills.kill_at_boundaries, 3.0, 100, 120),
-    "kill-random": Scenario(kills.kill_at_random, 4.0, 200, 1500),
+    "kill-boundaries": Scenario(kills.kill_at_boundaries, 4.5, 82, 120),
+    "kill-random": Scenario(kills.kill_at_random, 4.5, 200, 600),
     "zombies": Scenario(writers.wake_zombies, 4.0, 100, 300),
     "ten-at-once": Scenario(writers.start_ten_at_once, 0.6, 5, 1000),
     "pg-restart": Scenario(postgres.restart_postgres, 1.0, 10, 1500),

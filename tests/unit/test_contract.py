@@ -3,13 +3,14 @@
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from decimal import Decimal
 
 import pytest
 
 from ingestion.contract import MAX_DEPTH, Contract, Rejection, Row
 from ingestion.errors import Reason
-from ingestion.feeds import FeedSpec
+from ingestion.feeds import ColumnType, FeedSpec
 
 GOOD = {
     "transaction_id": "6f9619ff-8b86-4011-b42d-00c04fc964ff",
@@ -149,6 +150,34 @@ def test_depth_limit_is_exact(contract: Contract) -> None:
     too_deep = record()[:-1] + b',"x":[' + b"[" * inside + b"]" * inside + b"]}"
     assert isinstance(contract.decode(fits), Row)
     assert isinstance(contract.decode(too_deep), Rejection)
+
+
+@pytest.mark.parametrize(
+    ("number", "type_", "fits"),
+    [
+        ("0.125", (3, 3), True),
+        ("0", (3, 3), True),
+        ("-0.999", (3, 3), True),
+        ("1", (3, 3), False),
+        ("0.1250", (3, 3), True),
+        ("0.0001", (3, 3), False),
+        ("0.00012e3", (3, 3), True),
+        ("12e-3", (3, 3), True),
+        ("1e2", (3, 0), True),
+        ("1e3", (3, 0), False),
+        ("0e99999999999999", (3, 0), True),
+    ],
+)
+def test_numeric_room_is_exact(
+    feed_named: Callable[[str], FeedSpec], number: str, type_: tuple[int, int], fits: bool
+) -> None:
+    feed = feed_named("raw_payments.transaction_created")
+    amount = replace(feed.columns[1], type=ColumnType("numeric", *type_), rules=())
+    contract = Contract(replace(feed, columns=(amount,)))
+    verdict = contract.decode(b'{"amount": ' + number.encode() + b"}")
+    assert isinstance(verdict, Row) == fits, verdict
+    if isinstance(verdict, Row):
+        assert Decimal(str(verdict.cells[0])) == Decimal(number)
 
 
 def mutate(rng: random.Random, value: bytes) -> bytes:
