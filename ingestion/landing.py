@@ -205,6 +205,8 @@ def _land_topic(
                     if suspicion.noting:
                         suspicion.note_record(package.load_id, (part[0].partition(), part[0].offset()))
                     _decode_messages(part, decoder, package, reading.tallies, reading.reasons)
+                if suspicion.noting:
+                    suspicion.note_decoded(package.load_id)
                 reading.taken += len(batch)
                 if suspicion.limit < suspicion.usual_limit:
                     reading.places.extend((message.partition(), message.offset()) for message in batch)

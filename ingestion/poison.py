@@ -77,6 +77,10 @@ class Suspicion:
         """A record is about to be decoded."""
         self._update(load_id, "noted", json.dumps(place))
 
+    def note_decoded(self, load_id: str) -> None:
+        """The noted records are decoded; who dies now dies waiting for the next."""
+        self._update(load_id, "noted", None)
+
     def note_read(self, load_id: str) -> None:
         """A load has read and decoded everything; what ends it now is not a record's doing."""
         self._update(load_id, "phase", "read")
@@ -109,7 +113,7 @@ class Suspicion:
         if not self.noting:
             self.limit = min(self.limit * 4, self.usual_limit) if self._suspected_until else self.usual_limit
 
-    def _update(self, load_id: str, column: str, value: str) -> None:
+    def _update(self, load_id: str, column: str, value: str | None) -> None:
         with self.connection.cursor() as cursor:
             cursor.execute(
                 sql.SQL("update {} set {} = %s where load_id = %s").format(
