@@ -46,9 +46,9 @@ app = typer.Typer(
         "With no server configured, an embedded Postgres, broker and rates API start by themselves; "
         "WAREHOUSE_DSN, KAFKA_BOOTSTRAP_SERVERS and FX_API_BASE (environment or .env) name your own.\n\n"
         "Examples:\n\n"
-        "  warehouse demo                 sample payments to marts, on what is embedded\n\n"
-        "  warehouse run                  ingest, dbt build, freshness, docs\n\n"
-        "  warehouse status               what was offered, landed, set aside, lost, and the lag\n\n"
+        "  warehouse demo     sample payments to marts, on what is embedded\n\n"
+        "  warehouse run      ingest, dbt build, freshness, docs\n\n"
+        "  warehouse status   what was offered, landed, set aside, lost; the lag\n\n"
         "Exit codes: 0 fine, 1 fault of ours, 2 configuration or usage, 3 refused by a server, 4 a server is down,\n"
         "5 another writer holds the feed, 6 the source lost records, 7 a test or freshness check failed."
     ),

@@ -37,6 +37,7 @@ from tests.harness.project_copy import (
     run_warehouse,
     start_warehouse,
 )
+from tests.harness.records import payment
 
 PAYMENTS = "raw_payments.transaction_created"
 USERS = "raw_users.user_events"
@@ -417,20 +418,6 @@ def _raiser(error: BaseException) -> Callable[..., Any]:
 
 
 # --- commands that work -----------------------------------------------------------------------------------------------
-
-
-def payment(**changes: object) -> bytes:
-    good = {
-        "transaction_id": str(uuid.uuid4()),
-        "amount": 12.5,
-        "currency": "USD",
-        "user_id": "usr_123456",
-        "merchant_id": "mer_12345",
-        "country": "US",
-        "created_at": "2026-01-02T03:04:05Z",
-        "status": "completed",
-    }
-    return json.dumps({**good, **changes}).encode()
 
 
 def bad_payments() -> list[tuple[bytes | None, bytes | None]]:

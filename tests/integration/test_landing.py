@@ -18,6 +18,7 @@ from ingestion.kafka import Topic, TopicReader
 from ingestion.landing import land_feed
 from ingestion.settings import Settings
 from orchestration.sample.defects import catalogue
+from tests.harness.records import payment
 
 PAYMENTS = "raw_payments.transaction_created"
 USERS = "raw_users.user_events"
@@ -25,20 +26,6 @@ USERS = "raw_users.user_events"
 Query = Callable[..., list[tuple]]
 Send = Callable[..., None]
 OwnTopic = Callable[[str], FeedSpec]
-
-
-def payment(**changes: object) -> bytes:
-    good = {
-        "transaction_id": str(uuid.uuid4()),
-        "amount": 12.5,
-        "currency": "USD",
-        "user_id": "usr_123456",
-        "merchant_id": "mer_12345",
-        "country": "US",
-        "created_at": "2026-01-02T03:04:05Z",
-        "status": "completed",
-    }
-    return json.dumps({**good, **changes}).encode()
 
 
 def payments(count: int) -> list[tuple[bytes | None, bytes | None]]:

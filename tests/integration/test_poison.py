@@ -1,11 +1,9 @@
 """A record that makes loads die is found and set aside, and the rest goes on; an outage proves nothing."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from ingestion.feeds import FeedSpec
 from ingestion.kafka import TopicReader
 from ingestion.landing import land_feed
 from ingestion.settings import Settings
+from tests.harness.records import payment
 
 PAYMENTS = "raw_payments.transaction_created"
 PROJECT = Path(__file__).resolve().parents[2]
@@ -47,20 +46,6 @@ landing.land_feed(settings, replace(feed, origin=replace(feed.origin, topic=sys.
 """
 
 
-def payment(merchant: str = "mer_12345") -> bytes:
-    good = {
-        "transaction_id": str(uuid.uuid4()),
-        "amount": 12.5,
-        "currency": "USD",
-        "user_id": "usr_123456",
-        "merchant_id": merchant,
-        "country": "US",
-        "created_at": "2026-01-02T03:04:05Z",
-        "status": "completed",
-    }
-    return json.dumps(good).encode()
-
-
 def counts(query: Query) -> tuple[int, ...]:
     (row,) = query("select sum(offered)::int, sum(landed)::int, sum(dead)::int from ops.ledger")
     return row
@@ -70,7 +55,7 @@ def test_records_the_database_refuses_are_found_and_the_rest_lands(
     warehouse: Settings, own_topic: Callable[[str], FeedSpec], send: Callable[..., None], query: Query
 ) -> None:
     feed = own_topic(PAYMENTS)
-    bad = {40: payment("mer_66666"), 41: payment("mer_66666")}
+    bad = {40: payment(merchant_id="mer_66666"), 41: payment(merchant_id="mer_66666")}
     send(feed, [(b"k", bad.get(i, payment())) for i in range(200)], 0)
     connection = connect(warehouse)
     ensure_schema(connection, [feed])
@@ -89,7 +74,7 @@ def test_a_record_the_loader_dies_of_is_found_and_the_rest_lands(
     warehouse: Settings, own_topic: Callable[[str], FeedSpec], send: Callable[..., None], query: Query
 ) -> None:
     feed = own_topic(PAYMENTS)
-    send(feed, [(b"k", payment("mer_66666" if i == 150 else "mer_12345")) for i in range(300)], 0)
+    send(feed, [(b"k", payment(merchant_id="mer_66666" if i == 150 else "mer_12345")) for i in range(300)], 0)
     environment = {
         **os.environ,
         **{name: value for name, value in warehouse.env.items() if name.startswith(("WAREHOUSE_", "KAFKA_"))},

@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import re
 import stat
-import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -25,26 +24,13 @@ from ingestion.replay import Replay, Selection, discard_dead_letters, replay_dea
 from ingestion.replay_window import OffsetWindow, TimeWindow, replay_window
 from ingestion.settings import Settings
 from orchestration.dead_letters import Filter, count_dead_letters, export_dead_letters, fetch_events, list_dead_letters
+from tests.harness.records import payment
 
 PAYMENTS = "raw_payments.transaction_created"
 
 Query = Callable[..., list[tuple]]
 Send = Callable[..., None]
 OwnTopic = Callable[[str], FeedSpec]
-
-
-def payment(**changes: object) -> bytes:
-    good = {
-        "transaction_id": str(uuid.uuid4()),
-        "amount": 12.5,
-        "currency": "USD",
-        "user_id": "usr_123456",
-        "merchant_id": "mer_12345",
-        "country": "US",
-        "created_at": "2026-01-02T03:04:05Z",
-        "status": "completed",
-    }
-    return json.dumps({**good, **changes}).encode()
 
 
 def relaxed(feed: FeedSpec) -> FeedSpec:
