@@ -8,6 +8,7 @@ field, a repeated key, a null, an escape it does not look into) goes the careful
 """
 
 import datetime as dt
+import itertools
 import json
 import re
 from collections import Counter
@@ -23,13 +24,19 @@ from ingestion.feeds import AcceptedValues, ColumnSpec, ExactInCurrency, FeedSpe
 
 # Postgres' stack bounds how deep jsonb may nest (some thousand levels); Python's parser less. Far above real records.
 MAX_DEPTH = 500
-# What Postgres' numeric can hold: digits before and after the decimal point.
+# Texts, commas and brackets of a record: parsing takes some 300 bytes for each. Above any record of Kafka's usual 1 MB.
+MAX_TOKENS = 1_000_000
+TOKEN = re.compile(rb'"[^"]*"|[,\[{]')
+# What Postgres' numeric can hold: digits before and after the decimal point as written, and the exponent itself.
 MAX_INTEGER_DIGITS = 131_072
 MAX_FRACTION_DIGITS = 16_383
+MAX_EXPONENT = 2**30 - 2
 
 # Values of one column whose verdict is remembered.
 MAX_KNOWN = 65_536
 
+# A key inside a path.
+KEY = re.compile(r"\.(\w+)")
 INTEGER = re.compile(r"-?[0-9]+")
 PLAIN_NUMBER = re.compile(r"-?([0-9]+)(?:\.([0-9]+))?")
 DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
@@ -147,10 +154,14 @@ class Contract:
             self._check_exact(cells)
             return Row(cells, self._extra(document, fields))
         except _RejectedError as rejected:
-            return Rejection(rejected.reason, rejected.path or "$", rejected.message)
+            return Rejection(rejected.reason, self._shown(rejected.path) or "$", rejected.message)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             # Python's parser took what msgspec's does not: never seen, and a record all the same.
             return Rejection(Reason.MALFORMED_JSON, "$", f"not valid JSON ({type(error).__name__})")
+
+    def _shown(self, path: str) -> str:
+        """A path with the declared names only: a key nobody declared may be anything, a person's id too."""
+        return KEY.sub(lambda key: key[0] if key[1] in self._by_name else ".*", path)
 
     def _cell(self, column: "_Column", document: Mapping[str, Any], fields: Mapping[str, msgspec.Raw]) -> str | None:
         path = f"$.{column.name}"
@@ -306,6 +317,8 @@ def _parse(value: bytes) -> Mapping[str, Any]:
         raise _RejectedError(Reason.INVALID_UTF8, f"not UTF-8 at byte {error.start}") from None
     if text.startswith("\ufeff"):
         raise _RejectedError(Reason.MALFORMED_JSON, "begins with a byte order mark")
+    if len(value) > MAX_TOKENS and _has_too_many_tokens(value):
+        raise _RejectedError(Reason.MALFORMED_JSON, f"holds more than {MAX_TOKENS:,} texts, commas and brackets")
     try:
         document = json.loads(
             text,
@@ -322,6 +335,12 @@ def _parse(value: bytes) -> Mapping[str, Any]:
         raise _RejectedError(Reason.NOT_AN_OBJECT, f"expected an object, got {_say[_kind_of(document)]}")
     _inspect(document)
     return document
+
+
+def _has_too_many_tokens(value: bytes) -> bool:
+    """Whether parsing the value would take memory out of proportion; looks no further than it must."""
+    without_escapes = value.replace(b"\\\\", b"").replace(b'\\"', b"")
+    return next(itertools.islice(TOKEN.finditer(without_escapes), MAX_TOKENS, None), None) is not None
 
 
 def _inspect(document: _Object) -> None:
@@ -347,7 +366,7 @@ def _inspect(document: _Object) -> None:
 
 
 def _shown(key: str) -> str:
-    """A key as part of a path: keys of records are names, but nothing says they are short or printable."""
+    """A key as part of a path; nothing says that keys are short or printable."""
     return key if key.isidentifier() and len(key) <= 60 else "*"
 
 
@@ -363,18 +382,26 @@ def _inspect_text(text: str, path: str) -> None:
 def _inspect_number(number: _Number, path: str) -> None:
     if len(number) < 40 and "e" not in number and "E" not in number:
         return
-    integer, fraction = _digits(number)
-    if integer > MAX_INTEGER_DIGITS or fraction > MAX_FRACTION_DIGITS:
+    _require_room(number, path)
+
+
+def _require_room(number: str, path: str = "") -> None:
+    """Postgres counts the digits as they are written: zero with an exponent can be beyond it, and 1 with many zeros."""
+    mantissa, _, exponent = number.lower().partition("e")
+    whole, _, part = mantissa.lstrip("-").partition(".")
+    power = exponent.lstrip("+-0")
+    shift = int(power[:12] or "0") * (-1 if exponent.startswith("-") else 1)
+    significant = len((whole + part).lstrip("0"))
+    if (
+        abs(shift) > MAX_EXPONENT
+        or len(part) - shift > MAX_FRACTION_DIGITS
+        or (significant and significant - len(part) + shift > MAX_INTEGER_DIGITS)
+    ):
         raise _RejectedError(Reason.OUT_OF_RANGE, "a number beyond what Postgres can hold", path)
 
 
 def _digits(number: str) -> tuple[int, int]:
     """How many digits before and after the decimal point a JSON number needs when written out; 0.125 needs 0 and 3."""
-    mantissa, _, exponent = number.lower().partition("e")
-    if len(exponent) > 12:  # beyond every bound, and slow to work out
-        if not Decimal(mantissa):
-            return 0, 0
-        return (0, 10**12) if exponent.startswith("-") else (10**12, 0)
     _, digits, power = Decimal(number).as_tuple()
     assert isinstance(power, int), "a JSON number is finite"
     count = len(digits)
@@ -459,6 +486,7 @@ def _build_numeric_check(precision: int, scale: int) -> Check:
                 return number
         elif not (number[:1].isdigit() or number[:1] == "-"):
             raise _RejectedError(Reason.WRONG_TYPE, "expected a number")
+        _require_room(number)
         integer, fraction = _digits(number)
         if integer > room or fraction > scale:
             raise _RejectedError(

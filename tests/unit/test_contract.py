@@ -55,7 +55,7 @@ DEAD = {
     "null": (b"null", Reason.NOT_AN_OBJECT, "$"),
     "repeated key": (record()[:-1] + b',"amount":1}', Reason.DUPLICATE_KEY, "$.amount"),
     "repeated key, escaped": (record()[:-1] + b',"\\u0061mount":1}', Reason.DUPLICATE_KEY, "$.amount"),
-    "repeated key inside": (record()[:-1] + b',"x":[{"y":1,"y":1}]}', Reason.DUPLICATE_KEY, "$.x[0].y"),
+    "repeated key inside": (record()[:-1] + b',"x":[{"y":1,"y":1}]}', Reason.DUPLICATE_KEY, "$.*[0].*"),
     "missing": (
         json.dumps({k: v for k, v in GOOD.items() if k != "user_id"}).encode(),
         Reason.MISSING_FIELD,
@@ -87,8 +87,8 @@ DEAD = {
     "offset of 20 hours": (record(created_at="2026-01-02T03:04:05+20:00"), Reason.INVALID_TIMESTAMP, "$.created_at"),
     "NUL": (record(status="comp\x00leted"), Reason.INVALID_TEXT, "$.status"),
     "NUL in an unknown key": (record(**{"a\x00b": 1}), Reason.INVALID_TEXT, "$"),
-    "lone surrogate": (record(note="\ud800"), Reason.INVALID_TEXT, "$.note"),
-    "unknown number beyond numeric": (record()[:-1] + b',"x":1e200000}', Reason.OUT_OF_RANGE, "$.x"),
+    "lone surrogate": (record(note="\ud800"), Reason.INVALID_TEXT, "$.*"),
+    "unknown number beyond numeric": (record()[:-1] + b',"x":1e200000}', Reason.OUT_OF_RANGE, "$.*"),
 }
 
 
@@ -165,7 +165,7 @@ def test_depth_limit_is_exact(contract: Contract) -> None:
         ("12e-3", (3, 3), True),
         ("1e2", (3, 0), True),
         ("1e3", (3, 0), False),
-        ("0e99999999999999", (3, 0), True),
+        ("0e99999999999999", (3, 0), False),
     ],
 )
 def test_numeric_room_is_exact(
