@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: setup demo test prove bench lint format requirements clean
+.PHONY: setup demo test prove bench bench-compare lint format requirements clean
 
 setup: $(VENV)/.ready
 
@@ -35,6 +35,9 @@ prove: setup
 
 bench: setup
 	@$(BIN)/python -m tests.bench
+
+bench-compare: setup
+	@$(BIN)/python -m tests.bench.report
 
 format: setup
 	@$(BIN)/ruff check --fix .

@@ -490,7 +490,7 @@ class MessageBatch:
         # Unpacked at once: 20,000 pairs kept would set off Python's garbage collector.
         times = [
             None if kind == TIMESTAMP_NOT_AVAILABLE else milliseconds
-            for kind, milliseconds in map(Message.timestamp, messages)
+            for kind, milliseconds in map(type(messages[0]).timestamp if messages else Message.timestamp, messages)
         ]
         self._times = pa.array(times, pa.int64())
         headers = [message.headers() for message in messages]
@@ -500,12 +500,12 @@ class MessageBatch:
         return len(self.values)
 
     def coordinates(self) -> list[Column]:
-        """Partition, offset, time, key and headers as text cells."""
+        """Partition, offset, time, key (bytes) and headers as cells."""
         return [
             self._partitions.cast(pa.string()),
             self._offsets.cast(pa.string()),
             time_cells(self._times),
-            bytes_cells(self.keys),
+            pa.array(self.keys, pa.binary()),
             pa.array(self._headers, pa.string()) if self._headers else pa.nulls(len(self), pa.string()),
         ]
 
@@ -559,15 +559,3 @@ def time_cells(milliseconds: Column) -> Column:
         )
         milliseconds = pc.if_else(inside, milliseconds, pa.scalar(None, pa.int64()))
     return pc.binary_join_element_wise(milliseconds.cast(pa.timestamp("ms")).cast(pa.string()), "+00", "")
-
-
-def bytes_cells(items: Sequence[bytes | None]) -> Column:
-    """Bytes as Postgres reads them (`\\x` and hexadecimal digits)."""
-    column = pa.array(items, pa.binary())
-    validity, offsets, data = column.buffers()
-    if data is None:
-        return pa.array([None if item is None else "\\x" for item in items], pa.string())
-    doubled = pc.multiply(pa.Array.from_buffers(pa.int32(), len(items) + 1, [None, offsets]), pa.scalar(2, pa.int32()))
-    digits = pa.py_buffer(data.to_pybytes().hex().encode())
-    texts = pa.StringArray.from_buffers(len(items), doubled.buffers()[1], digits, validity, column.null_count)
-    return pc.binary_join_element_wise("\\x", texts, "")

@@ -24,11 +24,12 @@ def connect(settings: Settings, *, purpose: str = "warehouse") -> Connection:
     """
     dsn = settings.require("WAREHOUSE_DSN", "the commands need a Postgres to land in")
     try:
+        options = psycopg2.extensions.parse_dsn(dsn).get("options", "")
         return psycopg2.connect(
             dsn,
             connect_timeout=CONNECT_TIMEOUT_S,
             application_name=f"payments-warehouse {purpose}",
-            options="-c timezone=UTC",
+            options=f"{options} -c timezone=UTC",
         )
     except psycopg2.Error as error:
         raise classify_connect_error(error, dsn) from None

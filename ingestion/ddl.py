@@ -90,6 +90,8 @@ LEDGER_COLUMNS = (
     ("bytes", "bigint", False),
     ("source_time_min", "timestamptz", True),
     ("source_time_max", "timestamptz", True),
+    # Windows of an API that held nothing: [from, to, first seen].
+    ("empty_windows", "jsonb", True),
     ("contract_version", "text", False),
     ("writer_token", "bigint", False),
     ("loaded_at", "timestamptz", False),

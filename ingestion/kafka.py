@@ -7,6 +7,7 @@ skipped.
 
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from confluent_kafka import (
     TopicCollection,
     TopicPartition,
 )
-from confluent_kafka.admin import AdminClient, OffsetSpec
+from confluent_kafka.admin import AdminClient, ListOffsetsResultInfo, OffsetSpec, TopicDescription
 
 from ingestion.errors import (
     AuthenticationError,
@@ -34,7 +35,9 @@ from ingestion.settings import Settings
 REQUEST_TIMEOUT_S = 15.0
 # A broker that sends nothing for this long while records are due is an outage.
 STALL_TIMEOUT_S = 60.0
-MESSAGES_PER_CALL = 20_000
+MESSAGES_PER_CALL = 10_000
+# How the cluster id of librdkafka's mock begins. It knows no topic ids, and leaves a question for one unanswered.
+MOCK_CLUSTER = "mockCluster"
 
 PASSED_ON = {
     "KAFKA_SECURITY_PROTOCOL": "security.protocol",
@@ -43,6 +46,8 @@ PASSED_ON = {
     "KAFKA_SASL_PASSWORD": "sasl.password",
     "KAFKA_SSL_CA_LOCATION": "ssl.ca.location",
 }
+
+_Offsets = dict[TopicPartition, Future[ListOffsetsResultInfo]]
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,10 @@ class TopicReader:
             "isolation.level": "read_committed",
             "enable.partition.eof": True,
             "fetch.queue.backoff.ms": 10,
+            # Behind the last record may stand a transaction's marker only: the broker is to say so at once.
+            "fetch.wait.max.ms": 10,
             "queued.max.messages.kbytes": 16_384,
+            "fetch.max.bytes": 8 << 20,
             "error_cb": self._on_error,
         }
         self._consumer: Consumer | None = None
@@ -122,35 +130,44 @@ class TopicReader:
         if topic.error is not None:
             raise self._classify(topic.error)
         admin = AdminClient({**client_config(self._settings), "error_cb": self._on_error})
-        cluster = self._settings.get("KAFKA_CLUSTER_INCARNATION") or metadata.cluster_id or ""
+        cluster = metadata.cluster_id or ""
         partitions = sorted(topic.partitions)
-        return Topic(cluster, self._topic_id(admin), self._fetch_bounds(admin, partitions))
+        # All at once: each answer is a round trip away.
+        described: dict[str, Future[TopicDescription]] = (
+            {}
+            if cluster.startswith(MOCK_CLUSTER)
+            else admin.describe_topics(TopicCollection([self.topic]), request_timeout=REQUEST_TIMEOUT_S)
+        )
+        starts = self._ask_offsets(admin, partitions, OffsetSpec.earliest())
+        ends = self._ask_offsets(admin, partitions, OffsetSpec.latest())
+        incarnation = self._topic_id(described[self.topic]) if described else ""
+        first, after = self._take_offsets(starts), self._take_offsets(ends)
+        return Topic(
+            self._settings.get("KAFKA_CLUSTER_INCARNATION") or cluster,
+            incarnation,
+            {partition: (first[partition], after[partition]) for partition in partitions},
+        )
 
-    def _topic_id(self, admin: AdminClient) -> str:
-        if "kafka" in self._settings.embedded:
-            return ""  # librdkafka's mock gives a topic no id; the cluster's own is new with every start
-        described = admin.describe_topics(TopicCollection([self.topic]), request_timeout=REQUEST_TIMEOUT_S)
+    def _topic_id(self, described: Future[TopicDescription]) -> str:
         try:
-            return str(described[self.topic].result().topic_id)
+            return str(described.result().topic_id)
         except KafkaException as error:
             if error.args[0].code() in (KafkaError._UNSUPPORTED_FEATURE, KafkaError.UNSUPPORTED_VERSION):
                 return ""  # brokers before 2.8
             raise self._classify(error.args[0]) from None
 
-    def _fetch_bounds(self, admin: AdminClient, partitions: list[int]) -> dict[int, tuple[int, int]]:
-        starts = self._list_offsets(admin, partitions, OffsetSpec.earliest())
-        ends = self._list_offsets(admin, partitions, OffsetSpec.latest())
-        return {partition: (starts[partition], ends[partition]) for partition in partitions}
-
-    def _list_offsets(self, admin: AdminClient, partitions: list[int], spec: OffsetSpec) -> dict[int, int]:
-        futures = admin.list_offsets(
+    def _ask_offsets(self, admin: AdminClient, partitions: list[int], spec: OffsetSpec) -> _Offsets:
+        asked: _Offsets = admin.list_offsets(
             {TopicPartition(self.topic, partition): spec for partition in partitions},
             # The end of what is committed: records of an open transaction are not offered yet.
             isolation_level=IsolationLevel.READ_COMMITTED,
             request_timeout=REQUEST_TIMEOUT_S,
         )
+        return asked
+
+    def _take_offsets(self, asked: _Offsets) -> dict[int, int]:
         try:
-            return {place.partition: future.result().offset for place, future in futures.items()}
+            return {place.partition: future.result().offset for place, future in asked.items()}
         except KafkaException as error:
             raise self._classify(error.args[0]) from None
 
@@ -175,7 +192,9 @@ class TopicReader:
         }
 
     def _offsets_at(self, admin: AdminClient, partitions: list[int], milliseconds: int) -> dict[int, int]:
-        return self._list_offsets(admin, partitions, OffsetSpec.for_timestamp(milliseconds)) if partitions else {}
+        if not partitions:
+            return {}
+        return self._take_offsets(self._ask_offsets(admin, partitions, OffsetSpec.for_timestamp(milliseconds)))
 
     def find_losses(self, topic: Topic, positions: Mapping[int, int]) -> list[Loss]:
         """What the log no longer holds of what comes next; empty when reading can simply go on.
@@ -223,26 +242,15 @@ class TopicReader:
             events = consumer.consume(min(batch_size, MESSAGES_PER_CALL), 0.05)
             if self._fatal is not None:
                 raise self._classify(self._fatal)
-            batch: list[Message] = []
-            for event in events:
-                partition = event.partition()
-                error = event.error()
-                if error is not None:
-                    if error.code() == KafkaError._PARTITION_EOF:
-                        if partition in due and event.offset() >= due[partition]:
-                            del due[partition]
-                    elif not self._is_passing(error):
-                        raise self._classify(error)
-                    continue
-                end = due.get(partition)
-                if end is None:
-                    continue
-                offset = event.offset()
-                if offset < end:
-                    batch.append(event)
-                if offset >= end - 1:
-                    del due[partition]
-                    consumer.incremental_unassign([TopicPartition(self.topic, partition)])
+            # The last event of each partition tells whether all of them are messages from before the end.
+            last = {event.partition(): event for event in events}
+            if all(
+                event.offset() < due.get(partition, 0) - 1 and event.error() is None
+                for partition, event in last.items()
+            ) and not any(event.error() for event in events):
+                batch = events
+            else:
+                batch = self._sort_events(consumer, events, due)
             if batch or not due:
                 last_progress = time.monotonic()
             elif time.monotonic() - last_progress > STALL_TIMEOUT_S:
@@ -253,7 +261,33 @@ class TopicReader:
                 )
             if batch:
                 yield batch
+                # Not two batches at once in memory.
+                del batch, events, last
         consumer.unassign()
+
+    def _sort_events(self, consumer: Consumer, events: list[Message], due: dict[int, int]) -> list[Message]:
+        """The messages from before the ends; partitions that reached theirs are no longer due."""
+        batch: list[Message] = []
+        for event in events:
+            partition = event.partition()
+            error = event.error()
+            if error is not None:
+                if error.code() == KafkaError._PARTITION_EOF:
+                    if partition in due and event.offset() >= due[partition]:
+                        del due[partition]
+                elif not self._is_passing(error):
+                    raise self._classify(error)
+                continue
+            end = due.get(partition)
+            if end is None:
+                continue
+            offset = event.offset()
+            if offset < end:
+                batch.append(event)
+            if offset >= end - 1:
+                del due[partition]
+                consumer.incremental_unassign([TopicPartition(self.topic, partition)])
+        return batch
 
     @staticmethod
     def _is_passing(error: KafkaError) -> bool:

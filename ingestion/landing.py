@@ -7,15 +7,17 @@ dies leaves nothing true: the next one sweeps and reads on from the last commit.
 `warehouse ingest raw_payments.transaction_created`.
 """
 
+import contextlib
 import datetime as dt
-import hashlib
-import itertools
+import gc
 import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psycopg2
@@ -23,28 +25,33 @@ from confluent_kafka import Message
 from psycopg2 import sql
 
 from ingestion import ledger
-from ingestion.contract import Contract, Rejection, Row
+from ingestion.contract import Contract, Row
 from ingestion.database import classify_error, connect
 from ingestion.ddl import ensure_schema
+from ingestion.endpoint import Progress, land_endpoint
 from ingestion.errors import ErrorClass, RefusedDataError, SourceLossError, WarehouseError
 from ingestion.feeds import FeedSpec, KafkaOrigin
+from ingestion.files import FolderReader
 from ingestion.kafka import Loss, Topic, TopicReader
 from ingestion.ledger import Connection, Stream, Writer
-from ingestion.package import Interval, Package, cell, commit_package, headers_json, open_pipeline
+from ingestion.load import clear_spool, commit_package, load_package, write_package
+from ingestion.package import Interval, Package, cell, headers_json
 from ingestion.poison import Suspicion
-from ingestion.rest import EndpointReader, Page, plan_windows
+from ingestion.profile import Profile
 from ingestion.settings import Settings
 
 if TYPE_CHECKING:
     from ingestion.batch import BatchDecoder
 
-# Records read into one load. Bounds what a killed run repeats and the disk the CSV files take, not the memory.
-RECORDS_PER_LOAD = 500_000
+# Records, and bytes of them, read into one load: what a killed run repeats, and what the next load overlaps with.
+# Bounds the disk its files take, not the memory.
+RECORDS_PER_LOAD = 200_000
+BYTES_PER_LOAD = 1 << 30
+
+# Statistics are renewed when a run adds more than this share of a raw table.
+GROWTH_TO_ANALYZE = 0.1
 
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
-
-# (records read so far, records due or None when the source cannot say)
-Progress = Callable[[int, int | None], None]
 
 
 @dataclass
@@ -61,9 +68,13 @@ class Landing:
     drifted: int = 0
     loads: list[str] = field(default_factory=list)
     swept: list[str] = field(default_factory=list)
+    # Of a folder read instead of the feed's source: its stream, and what in it is no file.
+    stream: str = ""
+    passed_over: list[str] = field(default_factory=list)
     open_losses: list[str] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
+    profile: Profile = field(default_factory=Profile)
 
     @property
     def offered(self) -> int:
@@ -84,10 +95,16 @@ def land_feed(
     progress: Progress = lambda done, due: None,
     records_per_load: int = RECORDS_PER_LOAD,
     take_over: bool = False,
+    landing: Landing | None = None,
+    folder: Path | None = None,
 ) -> Landing:
     """Read everything the source offers now and land it.
 
     A landing with `open_losses` is complete and the run it belongs to has failed all the same.
+
+    Args:
+        landing: what earlier tries of the same run did; this one adds what it commits, also when it fails.
+        folder: its files are landed, instead of what the feed's source offers.
 
     Raises:
         FeedBusyError, SourceLossError, TransientError, ConfigurationError, AuthenticationError: the loads committed
@@ -95,18 +112,23 @@ def land_feed(
     """
     started = time.monotonic()
     connection = connect(settings, purpose=f"ingest {feed.name}")
-    landing = Landing(feed.name)
+    landing = Landing(feed.name) if landing is None else landing
     try:
         ensure_schema(connection, [feed])
         with ledger.writing(connection, feed, take_over=take_over) as writer:
-            landing.swept = ledger.sweep(connection, feed)
-            if isinstance(feed.origin, KafkaOrigin):
+            landing.swept += ledger.sweep(connection, feed)
+            clear_spool(settings, feed)
+            if folder is not None:
+                reader = FolderReader(settings, connection, feed, folder, landing.loads)
+                _land_topic(settings, connection, writer, landing, progress, records_per_load, reader)
+            elif isinstance(feed.origin, KafkaOrigin):
                 _land_topic(settings, connection, writer, landing, progress, records_per_load)
             else:
-                _land_endpoint(settings, connection, writer, landing, progress)
+                land_endpoint(settings, connection, writer, landing, progress)
             if landing.loads:
-                _analyze(connection, feed)
-            landing.open_losses = ledger.find_open_losses(connection, feed)
+                _analyze(connection, feed, landing.landed)
+            if folder is None:
+                landing.open_losses = ledger.find_open_losses(connection, feed)
     except psycopg2.Error as error:
         # A statement of our own (schema, lock, sweep, positions): named, or the retry would not know an outage.
         named = classify_error(error)
@@ -115,15 +137,22 @@ def land_feed(
         raise named from error
     finally:
         connection.close()
-        landing.seconds = time.monotonic() - started
+        landing.profile.finish()
+        landing.seconds += time.monotonic() - started
     return landing
 
 
-def _analyze(connection: Connection, feed: FeedSpec) -> None:
-    """Without statistics the planner takes a load of a million rows for one of a thousand."""
+def _analyze(connection: Connection, feed: FeedSpec, added: int) -> None:
+    """Statistics after a first or large load: without them the planner takes a million rows for a thousand.
+
+    Autovacuum sees to the rest.
+    """
     with connection.cursor() as cursor:
-        for table in (feed.table, "_dlt_loads", "_ledger", "_dead_letters"):
-            cursor.execute(sql.SQL("analyze {}").format(sql.Identifier(feed.source, table)))
+        cursor.execute("select reltuples from pg_class where oid = %s::regclass", (f"{feed.source}.{feed.table}",))
+        known = (cursor.fetchone() or (0,))[0]
+        if added > GROWTH_TO_ANALYZE * max(known, 0):
+            for table in (feed.table, "_dlt_loads", "_ledger", "_dead_letters"):
+                cursor.execute(sql.SQL("analyze {}").format(sql.Identifier(feed.source, table)))
 
 
 class Tally:
@@ -168,102 +197,228 @@ def _land_topic(
     landing: Landing,
     progress: Progress,
     records_per_load: int,
+    folder: FolderReader | None = None,
 ) -> None:
     feed = writer.feed
-    reader = TopicReader(settings, feed)
+    reader = folder or TopicReader(settings, feed)
     try:
         topic = reader.fetch_topic()
-        stream = _guard_stream(connection, feed, topic)
+        stream = folder.stream if folder else _guard_stream(connection, feed, topic)
+        if folder:
+            landing.stream, landing.passed_over, landing.unchanged = stream.name, folder.passed_over, folder.unchanged
         positions = ledger.fetch_positions(connection, feed, stream)
         lost = _guard_positions(connection, feed, stream, reader.find_losses(topic, positions))
         if lost:
-            package = commit_package(
-                settings, connection, open_pipeline(settings, connection, feed), stream, writer, lost
-            )
-            landing.add(package)
+            landing.add(commit_package(settings, connection, stream, writer, lost))
             positions = ledger.fetch_positions(connection, feed, stream)
         positions = {p: positions.get(p, start) for p, (start, _) in topic.bounds.items()}
-        due = sum(end - positions[p] for p, (_, end) in topic.bounds.items())
-        if due == 0:
-            return
+        if any(positions[p] < end for p, (_, end) in topic.bounds.items()):
+            suspicion = Suspicion.after(connection, feed, stream, positions, records_per_load)
+            loads = _TopicLoads(
+                settings, connection, writer, stream, reader, topic, positions, suspicion, landing.profile
+            )
+            loads.land(landing, progress)
+    finally:
+        reader.close()
+
+
+class _TopicLoads:
+    """Load after load of one topic: while one is committed, the next one is read."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        connection: Connection,
+        writer: Writer,
+        stream: Stream,
+        reader: TopicReader | FolderReader,
+        topic: Topic,
+        positions: dict[int, int],
+        suspicion: Suspicion,
+        profile: Profile,
+    ) -> None:
         # Loads Arrow: only where there is something to decode.
         from ingestion.batch import BatchDecoder
 
-        decoder = BatchDecoder(Contract(feed))
-        suspicion = Suspicion.after(connection, feed, stream, positions, records_per_load)
-        batches = reader.read(topic, positions, suspicion.limit)
-        reading = _Reading()
+        self._settings = settings
+        self._connection = connection
+        self._writer = writer
+        self._stream = stream
+        self._reader = reader
+        self._topic = topic
+        # Up to here everything is read; what of it is true, the ledger says.
+        self._positions = positions
+        self._suspicion = suspicion
+        self._profile = profile
+        self._decoder = BatchDecoder(Contract(writer.feed))
+        self._batches = reader.read(topic, positions, suspicion.limit)
+        self._under_way: tuple[_Reading, Future[None]] | None = None
+
+    def land(self, landing: Landing, progress: Progress) -> None:
+        """Read to the ends seen at the start, and commit all of it."""
+        total = landing.offered + sum(end - self._positions[p] for p, (_, end) in self._topic.bounds.items())
+        with ThreadPoolExecutor(1, "commit") as thread, _collecting_between_loads():
+            while True:
+                try:
+                    reading = (
+                        self._read(lambda taken: progress(landing.offered + taken, total)) if self._is_due() else None
+                    )
+                except BaseException:
+                    # The load under way commits all the same, and is part of what was done.
+                    with contextlib.suppress(WarehouseError, psycopg2.Error):
+                        self._settle(landing)
+                    raise
+                if not self._settle(landing):
+                    if reading is not None:
+                        self._drop(reading)
+                    continue
+                if reading is None:
+                    break
+                self._under_way = (reading, thread.submit(self._load, reading.package))
+                if self._suspicion.is_careful:
+                    self._settle(landing)
+        self._suspicion.settle()
+
+    def _is_due(self) -> bool:
+        return any(self._positions[p] < end for p, (_, end) in self._topic.bounds.items())
+
+    def _load(self, package: Package) -> None:
+        started = time.monotonic()
+        copying = load_package(self._settings, self._connection, package)
+        self._profile.add("copy", copying)
+        self._profile.add("commit", time.monotonic() - started - copying)
+
+    def _settle(self, landing: Landing) -> bool:
+        """Wait for the load under way; False when it was refused, and reading begins again where it began."""
+        if self._under_way is None:
+            return True
+        reading, loaded = self._under_way
+        self._under_way = None
+        try:
+            with self._profile.stage("wait"):
+                loaded.result()
+        except RefusedDataError:
+            ends = {p: tally.next for p, tally in reading.tallies.items() if tally.seen}
+            if not self._suspicion.refused(reading.places or _all_places(reading.tallies), ends):
+                raise
+            ledger.sweep(self._connection, self._writer.feed)
+            self._positions = {p: tally.first for p, tally in reading.tallies.items()}
+            self._batches = self._reader.read(self._topic, self._positions, self._suspicion.limit)
+            return False
+        except WarehouseError as error:
+            self._excuse(reading, error)
+            raise
+        landing.add(reading.package)
+        landing.reasons.update(reading.reasons)
+        gc.collect()
+        ledger.summarize(self._connection, self._writer.feed)
+        limit = self._suspicion.limit
+        self._suspicion.committed({p: tally.next for p, tally in reading.tallies.items()})
+        if self._suspicion.limit != limit:
+            self._batches = self._reader.read(self._topic, self._positions, self._suspicion.limit)
+        return True
+
+    def _drop(self, reading: "_Reading") -> None:
+        """Forget a load that was read behind one that was refused."""
+        reading.package.discard()
+        self._suspicion.excuse(reading.load_id)
+
+    def _excuse(self, reading: "_Reading", error: WarehouseError) -> None:
+        if error.error_class is not ErrorClass.INTERNAL and reading.load_id and not self._connection.closed:
+            self._suspicion.excuse(reading.load_id)
+
+    def _read(self, progress: Callable[[int], None]) -> "_Reading":
+        """The next load, written and not yet true."""
+        reading = _Reading({p: Tally(position) for p, position in self._positions.items()})
+        already = 0 if self._under_way is None else self._under_way[0].taken
 
         def fill(package: Package) -> None:
-            nonlocal reading
-            suspicion.note_batch(package.load_id, stream, positions)
-            reading = _Reading({p: Tally(position) for p, position in positions.items()}, package.load_id)
-            exhausted = True
-            for batch in batches:
-                good = _set_poison_aside(batch, suspicion, package, reading)
-                for part in [[message] for message in good] if suspicion.noting else [good]:
-                    if suspicion.noting:
-                        suspicion.note_record(package.load_id, (part[0].partition(), part[0].offset()))
-                    _decode_messages(part, decoder, package, reading.tallies, reading.reasons)
-                if suspicion.noting:
-                    suspicion.note_decoded(package.load_id)
-                reading.taken += len(batch)
-                if suspicion.limit < suspicion.usual_limit:
-                    reading.places.extend((message.partition(), message.offset()) for message in batch)
-                progress(landing.offered + reading.taken, due)
-                if reading.taken >= suspicion.limit:
-                    exhausted = False
-                    break
-            for partition, tally in sorted(reading.tallies.items()):
-                # At the end of the log the last records may be control records, which nobody delivers.
-                stop = topic.bounds[partition][1] if exhausted else tally.next
-                if stop > tally.first:
-                    package.add_interval(
-                        replace(
-                            tally.interval(partition),
-                            first_position=tally.first,
-                            last_position=stop - 1,
-                            control=stop - tally.first - tally.seen,
-                        )
-                    )
-            suspicion.note_read(package.load_id)
+            reading.load_id = package.load_id
+            self._fill(package, reading, lambda taken: progress(already + taken))
 
-        while any(positions[p] < end for p, (_, end) in topic.bounds.items()):
-            pipeline = open_pipeline(settings, connection, feed)
-            try:
-                package = commit_package(settings, connection, pipeline, stream, writer, fill)
-            except RefusedDataError:
-                ends = {p: tally.next for p, tally in reading.tallies.items() if tally.seen}
-                if not suspicion.refused(reading.places or _all_places(reading.tallies), ends):
-                    raise
-                ledger.sweep(connection, feed)
-                batches = reader.read(topic, positions, suspicion.limit)
-                continue
-            except WarehouseError as error:
-                if error.error_class is not ErrorClass.INTERNAL and reading.load_id and not connection.closed:
-                    suspicion.excuse(reading.load_id)
-                raise
-            landing.add(package)
-            landing.reasons.update(reading.reasons)
-            for interval in package.intervals:
-                positions[interval.partition] = (interval.last_position or 0) + 1
-            limit = suspicion.limit
-            suspicion.committed(positions)
-            if suspicion.limit != limit:
-                batches = reader.read(topic, positions, suspicion.limit)
+        try:
+            reading.package = write_package(self._settings, self._connection, self._stream, self._writer, fill)
+        except WarehouseError as error:
+            self._excuse(reading, error)
+            raise
+        for interval in reading.package.intervals:
+            self._positions[interval.partition] = (interval.last_position or 0) + 1
+        return reading
+
+    def _fill(self, package: Package, reading: "_Reading", progress: Callable[[int], None]) -> None:
+        suspicion = self._suspicion
+        suspicion.note_batch(package.load_id, self._stream, self._positions)
+        exhausted = True
+        while True:
+            with self._profile.stage("consume"):
+                batch = next(self._batches, None)
+            if batch is None:
+                break
+            self._take(batch, package, reading)
+            progress(reading.taken)
+            # Not two batches at once in memory.
+            del batch
+            if reading.taken >= suspicion.limit or reading.bytes >= BYTES_PER_LOAD:
+                exhausted = False
+                break
+        for partition, tally in sorted(reading.tallies.items()):
+            # At the end of the log the last records may be control records, which nobody delivers.
+            stop = self._topic.bounds[partition][1] if exhausted else tally.next
+            if stop > tally.first:
+                package.add_interval(
+                    replace(
+                        tally.interval(partition),
+                        first_position=tally.first,
+                        last_position=stop - 1,
+                        control=stop - tally.first - tally.seen,
+                    )
+                )
+                if isinstance(self._reader, FolderReader):
+                    self._reader.note_read(self._writer, package.load_id, tally.first, stop)
+        suspicion.note_read(package.load_id)
+
+    def _take(self, batch: list[Message], package: Package, reading: "_Reading") -> None:
+        """Put a batch into the package, record by record where one of them is suspected."""
+        suspicion = self._suspicion
+        good = _set_poison_aside(batch, suspicion, package, reading)
+        for part in [[message] for message in good] if suspicion.noting else [good]:
+            if suspicion.noting:
+                suspicion.note_record(package.load_id, (part[0].partition(), part[0].offset()))
+            _decode_messages(part, self._decoder, package, reading.tallies, reading.reasons, self._profile)
+        if suspicion.noting:
+            suspicion.note_decoded(package.load_id)
+        reading.taken += len(batch)
+        if suspicion.limit < suspicion.usual_limit:
+            reading.places.extend((message.partition(), message.offset()) for message in batch)
+
+
+@contextlib.contextmanager
+def _collecting_between_loads() -> Iterator[None]:
+    """Python's garbage collector walks every message of a batch again and again, for cycles there are not."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
     finally:
-        reader.close()
+        gc.enable()
+        gc.unfreeze()
 
 
 @dataclass
 class _Reading:
     """What one load has read so far; nothing of it is true before the load commits."""
 
-    tallies: dict[int, Tally] = field(default_factory=dict)
+    tallies: dict[int, Tally]
     load_id: str = ""
+    package: Package = field(init=False)
     taken: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     places: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        return sum(tally.bytes for tally in self.tallies.values())
 
 
 def _all_places(tallies: dict[int, Tally]) -> list[tuple[int, int]]:
@@ -377,22 +532,25 @@ def _decode_messages(
     package: Package,
     tallies: dict[int, Tally],
     reasons: Counter[str],
+    profile: Profile,
 ) -> None:
     """Each message to a row, a dead letter or a tombstone, counted in its partition."""
     from ingestion.batch import MessageBatch, split_by_size
 
     for part in split_by_size(batch):
-        messages = MessageBatch(part)
-        coordinates = messages.coordinates()
-        decoded = decoder.decode(messages.values)
-        package.add_rows(decoded.cells, decoded.select(coordinates))
+        with profile.stage("decode"):
+            messages = MessageBatch(part)
+            coordinates = messages.coordinates()
+            decoded = decoder.decode(messages.values)
+        with profile.stage("write"):
+            package.add_rows(decoded.cells, decoded.select(coordinates))
         dead: Counter[int] = Counter()
         for index, verdict in decoded.others:
             place = [column[index].as_py() for column in coordinates]
             partition, offset, sent_at, _, headers = place
             if isinstance(verdict, Row):
                 tallies[int(partition)].drifted += verdict.extra is not None
-                package.add_row(verdict.cells, verdict.extra, place)
+                package.add_row(verdict.cells, verdict.extra, [cell(value) for value in place])
                 continue
             dead[int(partition)] += 1
             reasons[verdict.reason.value] += 1
@@ -430,132 +588,3 @@ def time_text(milliseconds: int) -> str | None:
     seconds, rest = divmod(milliseconds, 1000)
     text = _second_text(seconds)
     return None if text is None else f"{text}.{rest:03d}+00"
-
-
-# --- REST -------------------------------------------------------------------------------------------------------------
-
-
-def _land_endpoint(
-    settings: Settings, connection: Connection, writer: Writer, landing: Landing, progress: Progress
-) -> None:
-    feed = writer.feed
-    contract = Contract(feed)
-    reader = EndpointReader(settings, feed)
-    # The embedded API has another port with every start and is the same API all the same.
-    origin = "embedded" if "rates" in settings.embedded else reader.base_url
-    stream = ledger.ensure_stream(connection, feed, origin, reader.origin.path, "")
-    read_until = ledger.fetch_window_end(connection, feed, stream)
-    windows = plan_windows(reader.origin, read_until, dt.datetime.now(dt.UTC).date())
-    sorter = Sorter(connection, contract, reader)
-    pages = (sorter.sort(page) for page in reader.read(windows))
-    land_pages(settings, connection, writer, stream, windows, pages, landing, progress)
-
-
-def land_pages(
-    settings: Settings,
-    connection: Connection,
-    writer: Writer,
-    stream: Stream,
-    windows: list[tuple[dt.datetime, dt.datetime]],
-    pages: Iterator["SortedPage"],
-    landing: Landing,
-    progress: Progress = lambda done, due: None,
-) -> None:
-    """Land what the pages of the windows bring in one package; none for pages that bring nothing new."""
-    feed = writer.feed
-    quiet, rest = split_quiet(pages)
-    landing.unchanged = sum(page.unchanged for page in quiet)
-    if rest is None:
-        return
-
-    def fill(package: Package) -> None:
-        tally = Tally()
-        tally.unchanged = sum(page.unchanged for page in quiet)
-        number = len(quiet)
-        for page in rest:
-            number += 1
-            add_page(page, package, tally, landing.reasons)
-            progress(tally.landed + tally.dead + tally.unchanged, None)
-        package.add_interval(
-            replace(tally.interval(0), window_from=windows[0][0], window_to=windows[-1][1], pages=number)
-        )
-
-    landing.unchanged = 0
-    package = commit_package(settings, connection, open_pipeline(settings, connection, feed), stream, writer, fill)
-    landing.add(package)
-
-
-@dataclass(frozen=True)
-class SortedPage:
-    """A page's records by what is to become of them."""
-
-    page: Page
-    new: list[tuple[int, Row, str]]
-    dead: list[tuple[int, Rejection, bytes]]
-    unchanged: int
-
-
-class Sorter:
-    """Tells new and corrected records from those a window brings again."""
-
-    def __init__(self, connection: Connection, contract: Contract, reader: EndpointReader) -> None:
-        self._connection = connection
-        self._contract = contract
-        self._reader = reader
-        names = [column.name for column in contract.feed.columns]
-        self._key = [names.index(name) for name in reader.origin.key]
-        self._seen: dict[tuple[str | None, ...], str] = {}
-        self._dead_seen: set[bytes] = set()
-
-    def expect(self, row: Row) -> None:
-        """Take a row for landed that is about to be."""
-        self._seen[tuple(row.cells[index] for index in self._key)] = content_hash(row)
-
-    def sort(self, page: Page) -> SortedPage:
-        decoded = [(item, value, self._contract.decode(value)) for item, value in enumerate(page.records)]
-        rows = [(item, row, content_hash(row)) for item, _, row in decoded if isinstance(row, Row)]
-        keys = [tuple(row.cells[index] for index in self._key) for _, row, _ in rows]
-        feed = self._contract.feed
-        known = ledger.fetch_content_hashes(self._connection, feed, self._reader.origin.key, keys)
-        new = []
-        for (item, row, content), key, before in zip(rows, keys, known, strict=True):
-            if self._seen.get(key, before) != content:
-                new.append((item, row, content))
-            self._seen[key] = content
-        rejected = [(item, rejection, value) for item, value, rejection in decoded if isinstance(rejection, Rejection)]
-        known_dead = ledger.fetch_known_dead_values(self._connection, feed, [value for _, _, value in rejected])
-        dead = []
-        for entry in rejected:
-            if entry[2] not in known_dead and entry[2] not in self._dead_seen:
-                dead.append(entry)
-            self._dead_seen.add(entry[2])
-        return SortedPage(page, new, dead, len(decoded) - len(new) - len(dead))
-
-
-def content_hash(row: Row) -> str:
-    return hashlib.sha256(repr((row.cells, row.extra)).encode()).hexdigest()[:32]
-
-
-def split_quiet(pages: Iterator[SortedPage]) -> tuple[list[SortedPage], Iterator[SortedPage] | None]:
-    """The leading pages that bring nothing new, and the rest; no rest means there is nothing to load."""
-    quiet: list[SortedPage] = []
-    for page in pages:
-        if page.new or page.dead:
-            return quiet, itertools.chain([page], pages)
-        quiet.append(page)
-    return quiet, None
-
-
-def add_page(page: SortedPage, package: Package, tally: Tally, reasons: Counter[str]) -> None:
-    window = (page.page.window_from, page.page.window_to)
-    tally.bytes += page.page.size
-    tally.unchanged += page.unchanged
-    for item, row, content in page.new:
-        tally.landed += 1
-        tally.drifted += row.extra is not None
-        coordinates = [cell(value) for value in (*window, page.page.number, item, content)]
-        package.add_row(row.cells, row.extra, coordinates)
-    for item, rejection, value in page.dead:
-        tally.dead += 1
-        reasons[rejection.reason.value] += 1
-        package.add_dead_letter(rejection, value, api=(*window, page.page.number, item))

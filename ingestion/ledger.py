@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Literal
 
 import psycopg2
 import psycopg2.extensions
@@ -27,6 +28,9 @@ Connection = psycopg2.extensions.connection
 
 # First key of the two-part advisory lock; any constant of our own.
 LOCK_SPACE = 0x9A71
+
+# How the names of those among the loads begun start that only read, and will never commit.
+READING = "reading-"
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,19 @@ class Stream:
     name: str
     incarnation: str
     begins_at: Mapping[int, int] = field(default_factory=dict)
+    # "files" for a folder; None means what the feed is.
+    kind: Literal["files"] | None = None
+    # Which records stand behind the positions not read yet, where another run may find others there.
+    edition: str = ""
+
+
+@dataclass(frozen=True)
+class EmptyWindow:
+    """A window [start, stop) of an API that held nothing, and when that was first seen."""
+
+    start: datetime
+    stop: datetime
+    found_at: datetime
 
 
 def holder_name() -> str:
@@ -98,10 +115,7 @@ def writing(
 
 
 def load_session_name(feed: FeedSpec) -> str:
-    """The application_name of the sessions dlt copies with, as Postgres keeps it (63 bytes).
-
-    Without a space: dlt writes one as `+` into its URL, which libpq does not read back.
-    """
+    """The application_name of the sessions dlt copies with, as Postgres keeps it (63 bytes)."""
     return f"payments-warehouse:{feed.name}"[:63]
 
 
@@ -178,6 +192,15 @@ def begin_load(connection: Connection, writer: Writer, load_id: str) -> None:
         )
 
 
+def summarize(connection: Connection, feed: FeedSpec) -> None:
+    """Bring the raw table's index of loads up to date, which Postgres does only now and then.
+
+    Pages it does not know yet are searched for every load: by the guard of each commit, and by the models.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute("select brin_summarize_new_values(%s::regclass)", (f"{feed.source}.{feed.table}__load",))
+
+
 def sweep(connection: Connection, feed: FeedSpec) -> list[str]:
     """Remove what loads left that began and never committed; returns their load ids.
 
@@ -201,7 +224,7 @@ def sweep(connection: Connection, feed: FeedSpec) -> list[str]:
         begun = cursor.fetchall()
         load_ids = [row[0] for row in begun]
         if load_ids:
-            for table in (feed.table, "_dead_letters", "_ledger"):
+            for table in (feed.table, "_dead_letters", "_ledger", "_files"):
                 cursor.execute(
                     sql.SQL("delete from {} where _dlt_load_id = any(%s)").format(_table(feed, table)), (load_ids,)
                 )
@@ -215,16 +238,16 @@ def sweep(connection: Connection, feed: FeedSpec) -> list[str]:
                 sql.SQL("update {} set swept_at = now() where load_id = any(%s)").format(_table(feed, "_loads_begun")),
                 (load_ids,),
             )
-    return [load_id for load_id, swept_at in begun if swept_at is None]
+    return [load_id for load_id, swept_at in begun if swept_at is None and not load_id.startswith(READING)]
 
 
 def find_streams(connection: Connection, feed: FeedSpec) -> list[Stream]:
-    """All streams of a feed that hold committed intervals or follow one that was cut, oldest first."""
+    """The source's streams that hold committed intervals or follow one that was cut, oldest first; no folders."""
     with connection.cursor() as cursor:
         cursor.execute(
             sql.SQL(
-                "select stream_id, origin, name, incarnation, begins_at from {streams} where feed = %s and "
-                "(begins_at <> '{{}}' or stream_id in "
+                "select stream_id, origin, name, incarnation, begins_at from {streams} where feed = %s "
+                "and kind <> 'files' and (begins_at <> '{{}}' or stream_id in "
                 "(select stream_id from {ledger} where _dlt_load_id in (select load_id from {loads}))) "
                 "order by stream_id"
             ).format(
@@ -257,6 +280,7 @@ def ensure_stream(
     name: str,
     incarnation: str,
     begins_at: Mapping[int, int] | None = None,
+    kind: Literal["files"] | None = None,
 ) -> Stream:
     """The stream of these names, made when it is new."""
     identity = (feed.name, origin, name, incarnation)
@@ -273,10 +297,10 @@ def ensure_stream(
                     "insert into {} (feed, kind, origin, name, incarnation, begins_at) values (%s, %s, %s, %s, %s, %s) "
                     "returning stream_id"
                 ).format(_table(feed, "_streams")),
-                (feed.name, feed.origin.kind, origin, name, incarnation, json.dumps(begins_at)),
+                (feed.name, kind or feed.origin.kind, origin, name, incarnation, json.dumps(begins_at)),
             )
             row = _one(cursor)
-    return Stream(row[0], origin, name, incarnation, begins_at)
+    return Stream(row[0], origin, name, incarnation, begins_at, kind)
 
 
 def fetch_positions(connection: Connection, feed: FeedSpec, stream: Stream) -> dict[int, int]:
@@ -285,7 +309,7 @@ def fetch_positions(connection: Connection, feed: FeedSpec, stream: Stream) -> d
         cursor.execute(
             sql.SQL(
                 "select partition, max(last_position) + 1 from {ledger} "
-                "where stream_id = %s and kind = 'kafka' and _dlt_load_id in (select load_id from {loads}) "
+                "where stream_id = %s and last_position is not null and _dlt_load_id in (select load_id from {loads}) "
                 "group by partition"
             ).format(ledger=_table(feed, "_ledger"), loads=_table(feed, "_dlt_loads")),
             (stream.stream_id,),
@@ -369,6 +393,20 @@ def fetch_window_end(connection: Connection, feed: FeedSpec, stream: Stream) -> 
         return end
 
 
+def fetch_empty_windows(connection: Connection, feed: FeedSpec, stream: Stream) -> list[EmptyWindow]:
+    """The windows that held nothing when they were last read, as the last load noted them."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            sql.SQL(
+                "select empty_windows from {ledger} where stream_id = %s and empty_windows is not null "
+                "and _dlt_load_id in (select load_id from {loads}) order by _dlt_load_id desc limit 1"
+            ).format(ledger=_table(feed, "_ledger"), loads=_table(feed, "_dlt_loads")),
+            (stream.stream_id,),
+        )
+        row = cursor.fetchone()
+        return [EmptyWindow(*map(datetime.fromisoformat, one)) for one in (row[0] if row else [])]
+
+
 def fetch_content_hashes(
     connection: Connection, feed: FeedSpec, key: Sequence[str], keys: Sequence[tuple[str | None, ...]]
 ) -> list[str | None]:
@@ -409,6 +447,20 @@ def fetch_known_dead_values(connection: Connection, feed: FeedSpec, values: Sequ
                 "and (replay_load_id in (select load_id from {loads})) is not true"
             ).format(dead=_table(feed, "_dead_letters"), loads=_table(feed, "_dlt_loads")),
             (feed.name, list(values)),
+        )
+        return {bytes(row[0]) for row in cursor.fetchall()}
+
+
+def fetch_poison_digests(connection: Connection, feed: FeedSpec) -> set[bytes]:
+    """SHA-256 of the records set aside as poison: open, or discarded and not to be set aside again."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            sql.SQL(
+                "select sha256(raw_value) from {dead} where feed = %s and reason = 'poison' "
+                "and _dlt_load_id in (select load_id from {loads}) "
+                "and (replay_load_id in (select load_id from {loads})) is not true"
+            ).format(dead=_table(feed, "_dead_letters"), loads=_table(feed, "_dlt_loads")),
+            (feed.name,),
         )
         return {bytes(row[0]) for row in cursor.fetchall()}
 

@@ -8,10 +8,12 @@ An outage proves nothing about a record: loads it ended are excused, and a load 
 does not count.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import psycopg2
 from psycopg2 import sql
 
 from ingestion.contract import Rejection
@@ -40,6 +42,8 @@ class Suspicion:
     usual_limit: int
     limit: int
     noting: bool = False
+    # Loads died before: the next one is committed before another is read, or the deaths of the first would hide others.
+    is_recovering: bool = False
     poison: dict[Place, Rejection] = field(default_factory=dict)
     _suspected_until: dict[int, int] = field(default_factory=dict)
 
@@ -51,15 +55,16 @@ class Suspicion:
         with connection.cursor() as cursor:
             cursor.execute(
                 sql.SQL(
-                    "select noted, count(*) from {begun} where feed = %s and phase = 'reading' and batch = %s "
-                    "and load_id not in (select load_id from {loads}) group by noted"
+                    "select coalesce(batch = %s, false), noted, count(*) from {begun} where feed = %s "
+                    "and phase = 'reading' and load_id not in (select load_id from {loads}) group by 1, 2"
                 ).format(
                     begun=sql.Identifier(feed.source, "_loads_begun"), loads=sql.Identifier(feed.source, "_dlt_loads")
                 ),
-                (feed.name, _batch(stream, positions)),
+                (_batch(stream, positions), feed.name),
             )
-            deaths: dict[str | None, int] = dict(cursor.fetchall())
-        suspicion = cls(connection, feed, usual_limit, usual_limit)
+            found = cursor.fetchall()
+        deaths: dict[str | None, int] = {noted: count for is_own, noted, count in found if is_own}
+        suspicion = cls(connection, feed, usual_limit, usual_limit, is_recovering=bool(found))
         if sum(deaths.values()) >= DEATHS_BEFORE_NOTING:
             suspicion.noting = True
             suspicion.limit = min(usual_limit, NOTED_RECORDS_PER_LOAD)
@@ -68,6 +73,22 @@ class Suspicion:
                 partition, offset = json.loads(noted)
                 suspicion.poison[(partition, offset)] = KILLED
         return suspicion
+
+    @property
+    def is_careful(self) -> bool:
+        """Whether each load is committed before the next one is read."""
+        return self.noting or self.is_recovering or self.limit < self.usual_limit
+
+    def settle(self) -> None:
+        """Everything is read and committed: earlier deaths say nothing more."""
+        if self.is_recovering:
+            with self.connection.cursor() as cursor:
+                cursor.execute(
+                    sql.SQL("update {} set phase = 'excused' where feed = %s and phase = 'reading'").format(
+                        sql.Identifier(self.feed.source, "_loads_begun")
+                    ),
+                    (self.feed.name,),
+                )
 
     def note_batch(self, load_id: str, stream: Stream, positions: Mapping[int, int]) -> None:
         """A load begins to read at these positions."""
@@ -87,7 +108,9 @@ class Suspicion:
 
     def excuse(self, load_id: str) -> None:
         """A load ended for a reason of its own: an outage, a setting."""
-        self._update(load_id, "phase", "excused")
+        # A session that was ended must not hide what ended the load.
+        with contextlib.suppress(psycopg2.Error):
+            self._update(load_id, "phase", "excused")
 
     def refused(self, places: list[Place], ends: Mapping[int, int]) -> bool:
         """The database refused a load of these records: narrow down; False when nothing is left to narrow.
@@ -124,4 +147,4 @@ class Suspicion:
 
 
 def _batch(stream: Stream, positions: Mapping[int, int]) -> str:
-    return json.dumps([stream.stream_id, sorted(positions.items())])
+    return json.dumps([stream.stream_id, stream.edition, sorted(positions.items())])

@@ -10,33 +10,39 @@ Refuses to land a record of an API whose later version has landed: it would take
 """
 
 import itertools
+import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any
+from datetime import UTC, datetime
+from typing import IO, Any
 
+import psycopg2
 import psycopg2.extensions
 from psycopg2 import sql
 from psycopg2.extras import execute_values
 
 from ingestion import ledger
 from ingestion.contract import Contract, Rejection, Row
-from ingestion.database import connect
+from ingestion.database import classify_error, connect
 from ingestion.ddl import ensure_schema
-from ingestion.errors import ConfigurationError, Reason, RefusedDataError, WarehouseError
+from ingestion.endpoint import content_hash
+from ingestion.errors import ConfigurationError, ErrorClass, Reason, RefusedDataError, WarehouseError
 from ingestion.feeds import FeedSpec, KafkaOrigin, RestOrigin
-from ingestion.landing import content_hash
 from ingestion.ledger import Connection, Stream, Writer
-from ingestion.package import LOADER_VERSION, Interval, Package, cell, commit_package, open_pipeline
+from ingestion.load import classify_load_error, commit_package
+from ingestion.package import LOADER_VERSION, Interval, Package, cell, copy_line
 from ingestion.settings import Settings
 
 WAIT_S = 60.0
 # Letters held in memory at once: bounded by both, because a record may be large.
 LETTERS_PER_CHUNK = 1_000
 BYTES_PER_CHUNK = 16 * 2**20
+
+# Ids of the loads that would come, after any there is: the second for what follows the dead letters of an API.
+COMING_LOADS = ("9999999999.1", "9999999999.2")
 
 # (letters looked at so far, letters in all or None)
 Progress = Callable[[int, int | None], None]
@@ -122,6 +128,41 @@ class Replay:
         return {**self.__dict__, "reasons": dict(self.reasons)}
 
 
+@dataclass
+class Coming:
+    """The rows a dry run would land, for whoever wants to know what would come of them.
+
+    `file`: lines for COPY of the columns of `ddl.raw_columns`, in a file without a name, closed with `close`. `restored`:
+    some of them had landed before.
+    """
+
+    feed: FeedSpec
+    rows: int = 0
+    restored: bool = False
+    file: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
+
+    def add(self, row: Row, stream_id: int, coordinates: Sequence[str | None], load_id: str = COMING_LOADS[0]) -> None:
+        """A row that would land; coordinates are those after the stream."""
+        loaded_at = datetime.now(UTC).isoformat()
+        cells = (*row.cells, row.extra, str(stream_id), *coordinates, loaded_at, load_id)
+        self.file.write(copy_line(cells).encode())
+        self.rows += 1
+
+    def add_verdict(self, verdict: Verdict) -> None:
+        """The row of a verdict that has one."""
+        if isinstance(verdict.decoded, Row):
+            self.restored = self.restored or verdict.offer.letter_id is None
+            self.add(verdict.decoded, verdict.offer.stream_id, _coordinates(self.feed, verdict.offer, verdict.decoded))
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _coordinates(feed: FeedSpec, offer: Offer, row: Row) -> tuple[str | None, ...]:
+    """Those of the raw row, after the stream."""
+    return (*offer.coordinates, content_hash(row)) if isinstance(feed.origin, RestOrigin) else offer.coordinates
+
+
 def replay_dead_letters(
     settings: Settings,
     feed: FeedSpec,
@@ -130,6 +171,7 @@ def replay_dead_letters(
     apply: bool = False,
     because: str | None = None,
     wait_s: float = WAIT_S,
+    coming: Coming | None = None,
     progress: Progress = lambda done, due: None,
 ) -> Replay:
     """Try a feed's open dead letters again, under the contract as it is declared now.
@@ -138,6 +180,7 @@ def replay_dead_letters(
         apply: land what fits. Without it nothing in the database changes, and the answer is the forecast.
         because: noted in the audit.
         wait_s: seconds to wait for another writer of the feed.
+        coming: gets the rows a dry run would land.
 
     Raises:
         FeedBusyError, TransientError, ConfigurationError, RefusedDataError: nothing of the replay is true.
@@ -149,6 +192,8 @@ def replay_dead_letters(
         if writer is None:
             for verdict in verdicts:
                 replay.note(verdict)
+                if coming is not None:
+                    coming.add_verdict(verdict)
         else:
             land(settings, connection, writer, replay, verdicts, because)
     replay.seconds = time.monotonic() - started
@@ -159,7 +204,10 @@ def replay_dead_letters(
 def replaying(
     settings: Settings, feed: FeedSpec, *, apply: bool, wait_s: float
 ) -> Iterator[tuple[Connection, Writer | None]]:
-    """A connection to replay on: as the feed's writer, swept, or (no writer) in a transaction that cannot write."""
+    """A connection to replay on: as the feed's writer, swept, or (no writer) in a transaction that cannot write.
+
+    What Postgres refuses inside leaves as a WarehouseError.
+    """
     connection = connect(settings, purpose=f"replay {feed.name}")
     try:
         if not apply:
@@ -171,8 +219,21 @@ def replaying(
         with ledger.writing(connection, feed, wait_s=wait_s) as writer:
             ledger.sweep(connection, feed)
             yield connection, writer
+    except psycopg2.Error as error:
+        raise _named(error, feed) from error
     finally:
         connection.close()
+
+
+def _named(error: psycopg2.Error, feed: FeedSpec) -> WarehouseError:
+    named = classify_error(error) or classify_load_error(error, feed)
+    if named.error_class is not ErrorClass.INTERNAL:
+        return named
+    # Not the error's text: it quotes the statement, and with it what was to be written.
+    return WarehouseError(
+        f"{feed.name}: the replay failed: {error.diag.message_primary or type(error).__name__}.",
+        hint="Nothing of it is true.",
+    )
 
 
 def require_queue(connection: Connection, feed: FeedSpec) -> None:
@@ -236,6 +297,8 @@ def count_open(settings: Settings, feed: FeedSpec, selection: Selection) -> int:
                 return 0
         require_queue(connection, feed)
         return len(find_open(connection, feed, selection))
+    except psycopg2.Error as error:
+        raise _named(error, feed) from error
     finally:
         connection.close()
 
@@ -412,8 +475,7 @@ def land(
             if not isinstance(row, Row):
                 set_aside(verdict)
                 continue
-            api = (content_hash(row),) if isinstance(writer.feed.origin, RestOrigin) else ()
-            package.add_row(row.cells, row.extra, (*offer.coordinates, *api), offer.stream_id)
+            package.add_row(row.cells, row.extra, _coordinates(writer.feed, offer, row), offer.stream_id)
             count = counts[offer.stream_id, offer.partition]
             if offer.letter_id is None:
                 count.restored += 1
@@ -438,9 +500,7 @@ def land(
     if first is not None:
         stream = Stream(first.offer.stream_id, "", "", "")
         try:
-            package = commit_package(
-                settings, connection, open_pipeline(settings, connection, writer.feed), stream, writer, fill
-            )
+            package = commit_package(settings, connection, stream, writer, fill)
         except RefusedDataError as error:
             raise RefusedDataError(
                 f"{writer.feed.name}: Postgres refused a record of the replay; nothing of it landed.",

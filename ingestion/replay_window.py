@@ -20,14 +20,17 @@ from psycopg2 import sql
 
 from ingestion import ledger
 from ingestion.contract import Contract, Row
+from ingestion.endpoint import PageAccount, Sorter, api_place, endpoint_origin, land_pages
 from ingestion.errors import ConfigurationError, Reason
 from ingestion.feeds import FeedSpec, KafkaOrigin
 from ingestion.kafka import Topic, TopicReader
-from ingestion.landing import Landing, SortedPage, Sorter, land_pages, time_text
+from ingestion.landing import Landing, time_text
 from ingestion.ledger import Connection, Stream, Writer
 from ingestion.package import cell, headers_json
 from ingestion.replay import (
+    COMING_LOADS,
     WAIT_S,
+    Coming,
     Offer,
     Progress,
     Replay,
@@ -104,9 +107,10 @@ def replay_window(
     apply: bool = False,
     because: str | None = None,
     wait_s: float = WAIT_S,
+    coming: Coming | None = None,
     progress: Progress = lambda done, due: None,
 ) -> WindowReplay:
-    """Read a window of a feed's source again and land what is missing.
+    """Read a window of a feed's source again and land what is missing. `coming` gets the rows a dry run would land.
 
     Raises:
         ConfigurationError: the window means nothing for this feed, or the broker cannot look up times.
@@ -116,9 +120,9 @@ def replay_window(
     result = WindowReplay(feed.name, apply)
     with replaying(settings, feed, apply=apply, wait_s=wait_s) as (connection, writer):
         if isinstance(feed.origin, KafkaOrigin):
-            _replay_topic(settings, feed, window, connection, writer, result, because, progress)
+            _replay_topic(settings, feed, window, connection, writer, result, because, coming, progress)
         elif isinstance(window, TimeWindow):
-            _replay_endpoint(settings, feed, window, connection, writer, result, because)
+            _replay_endpoint(settings, feed, window, connection, writer, result, because, coming)
         else:
             raise ConfigurationError(f"{feed.name} has no offsets.", hint="Name days: --from and --to.")
     result.seconds = time.monotonic() - started
@@ -136,6 +140,7 @@ def _replay_topic(
     writer: Writer | None,
     result: WindowReplay,
     because: str | None,
+    coming: Coming | None,
     progress: Progress,
 ) -> None:
     reader = TopicReader(settings, feed)
@@ -158,6 +163,8 @@ def _replay_topic(
         if writer is None:
             for verdict in judged:
                 result.note(verdict)
+                if coming is not None:
+                    coming.add_verdict(verdict)
         else:
             land(settings, connection, writer, result, judged, because)
     finally:
@@ -398,10 +405,11 @@ def _replay_endpoint(
     writer: Writer | None,
     result: WindowReplay,
     because: str | None,
+    coming: Coming | None,
 ) -> None:
     reader = EndpointReader(settings, feed)
-    origin = "embedded" if "rates" in settings.embedded else reader.base_url
-    stream = ledger.match_stream(ledger.find_streams(connection, feed), origin, reader.origin.path, "")
+    streams = ledger.find_streams(connection, feed)
+    stream = ledger.match_stream(streams, endpoint_origin(settings, reader), reader.origin.path, "")
     if stream is None:
         raise ConfigurationError(
             f"{feed.name}: nothing of {reader.base_url} was ever read.", hint="`warehouse ingest` reads it."
@@ -419,20 +427,25 @@ def _replay_endpoint(
         stop = min(start + dt.timedelta(days=reader.origin.window.days), days[1])
         windows.append((start, stop))
         start = stop
-    sorter = Sorter(connection, Contract(feed), reader)
     verdicts = judge(connection, feed, fetch_offers(connection, feed, Selection(api_window=days)))
-    pages = (_noted(sorter.sort(page), result) for page in reader.read(windows))
     if writer is None:
+        sorter = Sorter(connection, reader)
         for verdict in verdicts:
             result.note(verdict)
+            if coming is not None:
+                coming.add_verdict(verdict)
             if isinstance(verdict.decoded, Row):
                 sorter.expect(verdict.decoded)
-        for _ in pages:
-            pass
+        for page in map(sorter.sort, reader.read(windows)):
+            _note_page(page.account, result)
+            if coming is not None:
+                for item, row, content in page.new:
+                    coming.add(row, stream.stream_id, api_place(page.page, item, content), COMING_LOADS[1])
         return
     land(settings, connection, writer, result, verdicts, because)
     landing = Landing(feed.name)
-    land_pages(settings, connection, writer, stream, windows, pages, landing)
+    for account in land_pages(settings, connection, writer, stream, windows, reader, landing):
+        _note_page(account, result)
     result.load_ids.extend(landing.loads)
 
 
@@ -444,17 +457,11 @@ def _days(window: TimeWindow, earliest: dt.datetime) -> tuple[dt.datetime, dt.da
     return max(start, earliest), rounded if rounded == stop else rounded + dt.timedelta(days=1)
 
 
-def _noted(page: SortedPage, result: WindowReplay) -> SortedPage:
-    last = page.page.window_to - dt.timedelta(days=1)
-    label = f"{page.page.window_from:%Y-%m-%d}"
-    if last > page.page.window_from:
+def _note_page(page: PageAccount, result: WindowReplay) -> None:
+    last = page.window_to - dt.timedelta(days=1)
+    label = f"{page.window_from:%Y-%m-%d}"
+    if last > page.window_from:
         label += f" to {last:%Y-%m-%d}"
-    for figure, number in (
-        ("read", len(page.page.records)),
-        ("unchanged", page.unchanged),
-        ("landed", len(page.new)),
-        ("dead", len(page.dead)),
-    ):
-        result.count(label, figure, number)
-    result.reasons.update(rejection.reason.value for _, rejection, _ in page.dead)
-    return page
+    for figure in ("read", "unchanged", "landed", "dead"):
+        result.count(label, figure, getattr(page, figure))
+    result.reasons.update(page.reasons)

@@ -1,34 +1,42 @@
 """Reading a REST endpoint through dlt's `rest_api`: windows of days, page by page, each record as exact JSON bytes.
 
-Numbers keep their digits (never a float). Answers that ask to come back later (429, 5xx, a cut body) are tried
-again, with Retry-After honoured, and an empty one is asked for once more; what is no answer of this API is one clear
-error. Refuses to guess at a page of another shape.
+Numbers keep their digits (never a float). An API that is down, overloaded (429, 5xx) or cuts its answers is asked
+again within the retry policy, and an empty answer is asked for once more; what is no answer of this API is one clear
+error. "Not found" is an empty window where the same question about more days is answered, and an error where it is not.
+Refuses to guess at a page of another shape.
 """
 
+import contextlib
 import datetime as dt
+import itertools
 import json
 import os
+import re
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 import msgspec
 import requests
-from dlt.sources.helpers.requests import Client
+from dlt.sources.helpers.requests import Session
 from dlt.sources.rest_api import rest_api_resources
 from requests.adapters import HTTPAdapter
 
 from ingestion.errors import AuthenticationError, ConfigurationError, TransientError, WarehouseError
 from ingestion.feeds import FeedSpec, RecordsSpec, RestOrigin
-from ingestion.package import DLT_DEFAULTS
+from ingestion.load import DLT_DEFAULTS
+from ingestion.retry import policy_of, retrying
 from ingestion.settings import Settings
 
 REQUEST_TIMEOUT_S = 30
 MAX_ATTEMPTS = 6
 BACKOFF_FACTOR_S = 0.5
 MAX_DELAY_S = 30
+MAX_REDIRECTS = 5
+# What OpenSSL says where another try says the same; a handshake that was cut is an outage.
+NOT_TRUSTED = re.compile(r"CERTIFICATE_VERIFY_FAILED|WRONG_VERSION_NUMBER|UNSUPPORTED_PROTOCOL|doesn't match")
 # Where a parsed page stands in what dlt gets to see.
 PAGE = "page"
 # A window may hold nothing, and an API that is not well may say so of one that holds something.
@@ -67,6 +75,10 @@ def plan_windows(
     return windows
 
 
+class _NotFoundError(ConfigurationError):
+    """Status 404: there is no such path, or nothing of these days."""
+
+
 class EndpointReader:
     """One endpoint, read window by window."""
 
@@ -78,20 +90,15 @@ class EndpointReader:
         self.feed = feed
         self.origin = feed.origin
         self.base_url = settings.require(feed.origin.base_url, f"{feed.name} is read from there").rstrip("/")
-        client = Client(
-            request_timeout=REQUEST_TIMEOUT_S,
-            raise_for_status=False,  # dlt's REST client raises by itself
-            request_max_attempts=MAX_ATTEMPTS,
-            request_backoff_factor=BACKOFF_FACTOR_S,
-            request_max_retry_delay=MAX_DELAY_S,
-            status_codes=(),
-            retry_condition=_may_pass,
-        )
-        self._session = client.session
+        # dlt's own retries know neither jitter nor a total.
+        self._policy = replace(policy_of(settings), base_s=BACKOFF_FACTOR_S, cap_s=MAX_DELAY_S, tries=MAX_ATTEMPTS)
+        # dlt's REST client raises for a status by itself.
+        self._session = Session(timeout=REQUEST_TIMEOUT_S, raise_for_status=False)
+        self._session.max_redirects = MAX_REDIRECTS
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, _ExactAdapter())
 
-    def read(self, windows: list[tuple[dt.datetime, dt.datetime]]) -> Iterator[Page]:
+    def read(self, windows: Sequence[tuple[dt.datetime, dt.datetime]]) -> Iterator[Page]:
         """The pages of the windows, in order.
 
         Raises:
@@ -103,13 +110,34 @@ class EndpointReader:
             for attempt in range(EMPTY_PAGE_ATTEMPTS):
                 if attempt:
                     time.sleep(BACKOFF_FACTOR_S)
-                body = self._fetch(start, stop)
-                records = [encode_record(record) for record in split_page(body, self.origin.records, self.feed)]
+                records = self._fetch_records(start, stop)
                 if records:
                     break
             yield Page(start, stop, number, records, sum(map(len, records)))
 
+    def _fetch_records(self, start: dt.datetime, stop: dt.datetime) -> list[bytes]:
+        """The window's records as JSON bytes; none where the API finds nothing of these days, but of earlier ones."""
+        try:
+            body = self._fetch(start, stop)
+        except _NotFoundError as error:
+            window = self.origin.window
+            first = dt.datetime.combine(window.start, dt.time(), dt.UTC)
+            earlier = max(start - dt.timedelta(days=window.days), first)
+            with contextlib.suppress(_NotFoundError):
+                if earlier < start and any(self._split(self._fetch(earlier, stop))):
+                    return []
+            raise ConfigurationError(error.message, hint=error.hint) from error
+        return [encode_record(record) for record in self._split(body)]
+
+    def _split(self, body: Any) -> Iterator[Any]:
+        return split_page(body, self.origin.records, self.feed)
+
     def _fetch(self, start: dt.datetime, stop: dt.datetime) -> Any:
+        """The page of a window, parsed; an outage is tried again."""
+        tries = itertools.count(1)
+        return retrying(lambda: self._ask(start, stop, next(tries)), self._policy)
+
+    def _ask(self, start: dt.datetime, stop: dt.datetime, attempt: int) -> Any:
         placeholders = {"{from}": f"{start:%Y-%m-%d}", "{to}": f"{stop - dt.timedelta(days=1):%Y-%m-%d}"}
         resource = rest_api_resources(
             {
@@ -133,10 +161,10 @@ class EndpointReader:
         try:
             (body,) = resource
         except Exception as error:
-            raise self._classify(error) from error
+            raise self._classify(error, attempt) from error
         return body[PAGE]
 
-    def _classify(self, error: BaseException) -> WarehouseError:
+    def _classify(self, error: BaseException, attempt: int) -> WarehouseError:
         link: BaseException | None = error
         while link is not None:
             if isinstance(link, WarehouseError):
@@ -155,7 +183,17 @@ class EndpointReader:
                     hint=f"Is {self.origin.base_url} the API's address? A proxy's page or a cut answer looks so too.",
                 )
             if isinstance(link, requests.HTTPError) and link.response is not None:
-                return self._classify_status(link.response)
+                return self._classify_status(link.response, attempt)
+            if isinstance(link, requests.TooManyRedirects):
+                return ConfigurationError(
+                    f"{self.feed.name}: {self.base_url} redirects again and again.",
+                    hint=f"Is {self.origin.base_url} the API's address, and the path in {self.feed.file} right?",
+                )
+            if isinstance(link, requests.exceptions.SSLError) and NOT_TRUSTED.search(str(link)):
+                return ConfigurationError(
+                    f"{self.feed.name}: {self.base_url} has no certificate this machine trusts, or speaks no TLS.",
+                    hint=f"Check {self.origin.base_url}; REQUESTS_CA_BUNDLE names a file with a CA of your own.",
+                )
             if isinstance(link, requests.RequestException):
                 return TransientError(
                     f"{self.feed.name}: {self.base_url} does not answer ({type(link).__name__}).",
@@ -165,20 +203,23 @@ class EndpointReader:
         # Not its text, which may quote the page.
         return WarehouseError(f"{self.feed.name}: reading {self.base_url} failed ({type(error).__name__}).")
 
-    def _classify_status(self, response: requests.Response) -> WarehouseError:
+    def _classify_status(self, response: requests.Response, attempt: int) -> WarehouseError:
         status = response.status_code
         text = f"{self.feed.name}: {self.base_url} answered with status {status}"
         if status in (401, 403):
             return AuthenticationError(f"{text}: it refused us.", hint="Check the API's key.")
         if status == 429 or status >= 500:
             wait = parse_retry_after(response.headers.get("Retry-After"))
-            long = wait is not None and wait > MAX_DELAY_S
             return TransientError(
-                f"{text} and asks to come back in {wait:.0f} s." if long else f"{text} {MAX_ATTEMPTS} times.",
+                text
+                + (f" {attempt} times" if attempt > 1 else "")
+                + (f" and asks to come back in {wait:.0f} s" if wait else "")
+                + ".",
                 hint="It is overloaded or down; run again later.",
                 retry_after_s=wait,
             )
-        return ConfigurationError(
+        kind = _NotFoundError if status == 404 else ConfigurationError
+        return kind(
             f"{text}.", hint=f"Check {self.origin.base_url}, and path and params in {self.feed.file}:{self.feed.line}."
         )
 
@@ -207,24 +248,6 @@ class _ExactAdapter(HTTPAdapter):
 
         response.json = parse  # type: ignore[method-assign]
         return response
-
-
-def _may_pass(response: requests.Response | None, _: BaseException | None) -> bool:
-    """Whether an answer is worth asking for again at once: 429 and 5xx, or JSON that is none, as a body cut on its way.
-
-    Not what asks for more patience than a run has between two requests, and not a page of HTML.
-    """
-    if response is None:
-        return False  # the network's own failures are dlt's to know
-    if response.status_code == 429 or response.status_code >= 500:
-        return (parse_retry_after(response.headers.get("Retry-After")) or 0) <= MAX_DELAY_S
-    if not response.ok or "json" not in response.headers.get("Content-Type", ""):
-        return False
-    try:
-        response.json()
-    except (ValueError, RecursionError):
-        return True
-    return False
 
 
 def parse_retry_after(text: str | None) -> float | None:

@@ -18,11 +18,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Seconds: the first delay's bound, the largest delay, and how long all tries together may go on."""
+    """Seconds: the first delay's bound, the largest delay, and how long all tries together may go on; how many."""
 
     base_s: float = 0.5
     cap_s: float = 30.0
     total_s: float = 60.0
+    tries: int | None = None
 
     def delay(self, attempt: int, retry_after_s: float | None, draw: Callable[[float, float], float]) -> float:
         """The wait before try number `attempt` + 1 (attempts count from 1).
@@ -47,7 +48,7 @@ def retrying(
     clock: Callable[[], float] = time.monotonic,
     draw: Callable[[float, float], float] = random.uniform,
 ) -> T:
-    """The action's result; a `TransientError` is tried again until the policy's total is used up.
+    """The action's result; a `TransientError` is tried again until the policy's total or tries are used up.
 
     Raises:
         TransientError: the last one, once the next wait would pass the total.
@@ -61,7 +62,7 @@ def retrying(
             return action()
         except TransientError as error:
             delay = policy.delay(attempt, error.retry_after_s, draw)
-            if clock() - started + delay > policy.total_s:
+            if attempt == policy.tries or clock() - started + delay > policy.total_s:
                 raise
             on_retry(error, delay)
             sleep(delay)

@@ -49,6 +49,21 @@ create table if not exists raw_schema._writers (
     acquired_at timestamptz not null
 );
 
+-- Files read, by the position they were given: one is read again when its bytes are others than at last. Rows count when
+-- their load is committed.
+create table if not exists raw_schema._files (
+    stream_id integer not null,
+    position bigint not null,
+    path bytea not null,
+    size bigint not null,
+    sha256 bytea not null,
+    _dlt_load_id text not null,
+    primary key (stream_id, position)
+);
+-- By hash: a path may be longer than an index entry.
+create index if not exists _files__path on raw_schema._files (stream_id, sha256(path));
+create index if not exists _files__load on raw_schema._files (_dlt_load_id);
+
 -- Loads noted before their first row: the next writer removes what those left that never committed.
 create table if not exists raw_schema._loads_begun (
     load_id text primary key,
@@ -99,15 +114,21 @@ do $constraints$
 begin
     if not exists (
         select from pg_constraint
-        where conname = '_ledger__no_overlap' and conrelid = 'raw_schema._ledger'::regclass
+        where
+            conname = '_ledger__no_overlap' and conrelid = 'raw_schema._ledger'::regclass
+            and pg_get_constraintdef(oid) like '%files%'
     ) then
         alter table raw_schema._ledger
+            drop constraint if exists _ledger__no_overlap,
+            drop constraint if exists _ledger__adds_up,
+            drop constraint if exists _ledger__covers_interval,
+            drop constraint if exists _ledger__has_window,
             add constraint _ledger__no_overlap exclude using gist (
                 stream_id with =, partition with =, int8range(first_position, last_position, '[]') with &&
-            ) where (kind = 'kafka'),
+            ) where (kind in ('kafka', 'files')),
             add constraint _ledger__adds_up check (offered = landed + dead + tombstones + unchanged),
             add constraint _ledger__covers_interval check (
-                kind <> 'kafka'
+                kind not in ('kafka', 'files')
                 or last_position - first_position + 1 = landed + dead + tombstones + control + lost
             ),
             add constraint _ledger__has_window check (kind <> 'api' or window_from < window_to);
@@ -172,7 +193,7 @@ begin
             stream_id, partition, first_position,
             lag(last_position) over (partition by stream_id, partition order by first_position) as last_in_load
         from raw_schema._ledger
-        where _dlt_load_id = new.load_id and kind = 'kafka'
+        where _dlt_load_id = new.load_id and kind in ('kafka', 'files')
     ) as l
     cross join lateral (
         select coalesce(l.last_in_load, (
@@ -221,6 +242,14 @@ begin
     from raw_schema._ledger where _dlt_load_id = new.load_id;
     if counted <> accounted then
         raise exception 'unaccounted: load % of % copied % dead letters, its ledger says %',
+            new.load_id, feed_name, counted, accounted using errcode = 'PW002';
+    end if;
+
+    select count(*) into counted from raw_schema._files where _dlt_load_id = new.load_id;
+    select coalesce(sum(offered), 0) into accounted
+    from raw_schema._ledger where _dlt_load_id = new.load_id and kind = 'files';
+    if counted <> accounted then
+        raise exception 'unaccounted: load % of % noted % files, its ledger says %',
             new.load_id, feed_name, counted, accounted using errcode = 'PW002';
     end if;
 

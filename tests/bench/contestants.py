@@ -1,6 +1,7 @@
 """Ways to bring one topic into Postgres, each run alone in a process of its own: `python -m tests.bench.contestants`.
 
     warehouse   ours: contract, dead letters, ledger, fence
+    unguarded   ours without the guarantee: no ledger rows, no note of a load, no lock or token, no guard of the commit
     dlt         plain dlt: dicts, default loader, settings as installed
     limit       consume and binary COPY of coordinates and raw value, nothing parsed: what the machine allows
 
@@ -103,24 +104,74 @@ def land_dlt(task: Task) -> None:
 
 
 def land_warehouse(task: Task) -> None:
-    from ingestion.feeds import load_feeds, select_feeds
     from ingestion.landing import land_feed
-    from ingestion.settings import load_settings
 
-    settings = load_settings(PROJECT).with_env(WAREHOUSE_DSN=task.dsn, KAFKA_BOOTSTRAP_SERVERS=task.bootstrap)
-    settings = replace(settings, home=Path(task.folder))
-    (feed,) = select_feeds(load_feeds(settings), ["raw_payments.transaction_created"])
-    feed = replace(feed, origin=replace(feed.origin, topic=task.topic))
+    settings, feed = declared(task)
     landing = land_feed(settings, feed)
     if landing.landed != task.records:
         raise RuntimeError(f"landed {landing.landed} of {task.records}: {landing}")
 
 
-CONTESTANTS = {"limit": land_limit, "dlt": land_dlt, "warehouse": land_warehouse}
+def declared(task: Task) -> tuple[Any, Any]:
+    """Settings and the declared transactions feed, reading the task's topic."""
+    from ingestion.feeds import load_feeds, select_feeds
+    from ingestion.settings import load_settings
+
+    settings = load_settings(PROJECT).with_env(WAREHOUSE_DSN=task.dsn, KAFKA_BOOTSTRAP_SERVERS=task.bootstrap)
+    (feed,) = select_feeds(load_feeds(settings), ["raw_payments.transaction_created"])
+    origin: Any = feed.origin
+    return replace(settings, home=Path(task.folder)), replace(feed, origin=replace(origin, topic=task.topic))
+
+
+def land_unguarded(task: Task) -> None:
+    """The same code, with each part of the guarantee taken out of it."""
+    from contextlib import contextmanager
+
+    import psycopg2
+
+    from ingestion import ddl, landing, ledger
+    from ingestion.database import connect
+    from ingestion.package import Package
+    from ingestion.poison import Suspicion
+
+    settings, feed = declared(task)
+    connection = connect(settings, purpose="bench")
+    ddl.ensure_schema(connection, [feed])
+    with connection, connection.cursor() as cursor:
+        cursor.execute("drop trigger _guard_commit on raw_payments._dlt_loads")
+    connection.close()
+
+    @contextmanager
+    def writing(connection: psycopg2.extensions.connection, feed: Any, **_: Any) -> Iterator[ledger.Writer]:
+        connection.autocommit = True
+        yield ledger.Writer(feed, 1)
+
+    def add_interval(package: Package, interval: Any) -> None:
+        package.intervals.append(interval)
+
+    for owner, name, without in (
+        (ledger, "writing", writing),
+        (ledger, "sweep", lambda connection, feed: []),
+        (ledger, "begin_load", lambda connection, writer, load_id: None),
+        (ledger, "find_open_losses", lambda connection, feed: []),
+        (landing, "ensure_schema", lambda connection, feeds: None),
+        (Package, "add_interval", add_interval),
+        (Suspicion, "note_batch", lambda *_: None),
+        (Suspicion, "note_read", lambda *_: None),
+    ):
+        assert hasattr(owner, name)
+        setattr(owner, name, without)
+    done = landing.land_feed(settings, feed)
+    if done.landed != task.records:
+        raise RuntimeError(f"landed {done.landed} of {task.records}: {done}")
+
+
+CONTESTANTS = {"limit": land_limit, "dlt": land_dlt, "warehouse": land_warehouse, "unguarded": land_unguarded}
 TABLES = {
     "limit": "public.raw_limit",
     "dlt": "raw_payments.transaction_created",
     "warehouse": "raw_payments.transaction_created",
+    "unguarded": "raw_payments.transaction_created",
 }
 
 

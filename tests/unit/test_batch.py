@@ -4,8 +4,6 @@ The values: generated samples, the whole catalogue of known-bad records, records
 spoilt at random. Each is judged in batches of several make-ups and by itself.
 """
 
-import csv
-import io
 import random
 import re
 from collections import Counter
@@ -20,7 +18,7 @@ import pyarrow.compute as pc
 import pytest
 from confluent_kafka import Message
 
-from ingestion.batch import BatchDecoder, MessageBatch, bytes_cells, split_by_size, time_cells, to_re2
+from ingestion.batch import BatchDecoder, MessageBatch, split_by_size, time_cells, to_re2
 from ingestion.contract import Contract, Rejection, Row
 from ingestion.feeds import (
     AcceptedValues,
@@ -35,7 +33,8 @@ from ingestion.feeds import (
 )
 from ingestion.landing import Tally, _decode_messages
 from ingestion.ledger import Stream, Writer
-from ingestion.package import Package, csv_line, csv_lines, headers_json
+from ingestion.package import Package, copy_line, copy_lines, headers_json, hex_texts
+from ingestion.profile import Profile
 from orchestration.sample import FEEDS, TRANSACTIONS, USER_EVENTS, SampleSpec, generate
 from orchestration.sample.defects import catalogue
 
@@ -351,13 +350,23 @@ def test_patterns_the_engines_may_read_differently_are_not(pattern: str) -> None
 
 
 def read_back(data: bytes) -> list[tuple[str | None, ...]]:
-    """The cells of CSV lines: Python's own reader for the texts, and NULL where a field has not even quotes."""
-    text = data.decode()
-    rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
-    fields = re.findall(r'("(?:[^"]|"")*"|[^",\n]*)(?:,|\n)', text)
-    assert len(fields) == sum(map(len, rows))
-    place = iter(fields)
-    return [tuple(None if next(place) == "" else cell for cell in row) for row in rows]
+    """The cells of lines in COPY's text format, by the rules of the Postgres manual."""
+    escapes = {"t": "\t", "n": "\n", "r": "\r", "\\": "\\"}
+    lines = data.decode().split("\n")
+    assert lines.pop() == "", "the last line is ended"
+    assert "\r" not in data.decode()
+    return [
+        tuple(
+            None if field == "\\N" else re.sub(r"\\(.)", lambda found: escapes[found[1]], field)
+            for field in line.split("\t")
+        )
+        for line in lines
+    ]
+
+
+def split_header(data: bytes) -> tuple[list[str], list[tuple[str | None, ...]]]:
+    names, lines = data.split(b"\n", 1)
+    return names.decode().split(" "), read_back(lines)
 
 
 NASTY = [
@@ -386,9 +395,17 @@ def test_columns_are_written_as_single_lines_are() -> None:
     rng = random.Random(1)
     rows = [tuple(rng.choice(NASTY) for _ in range(4)) for _ in range(2000)]
     columns = [pa.array(cells, pa.string()) for cells in zip(*rows, strict=True)]
-    written = bytes(csv_lines([*columns, None, 'constant, "quoted"']))
-    assert written.decode() == "".join(csv_line((*row, None, 'constant, "quoted"')) for row in rows)
-    assert read_back(written) == [(*row, None, 'constant, "quoted"') for row in rows]
+    constants = (None, 'constant,\t"quoted"')
+    written = bytes(copy_lines([*columns, *constants]))
+    assert written.decode() == "".join(copy_line((*row, *constants)) for row in rows)
+    assert read_back(written) == [(*row, *constants) for row in rows]
+
+
+@pytest.mark.parametrize("nasty", NASTY)
+def test_one_nasty_cell_in_a_plain_column(nasty: str | None) -> None:
+    cells = ["plain", None, "", nasty, "plain"]
+    written = bytes(copy_lines([pa.array(cells, pa.string()), pa.array([b"\x00"] * 5, pa.binary()), "1"]))
+    assert read_back(written) == [(cell, "\\x00", "1") for cell in cells]
 
 
 def messages_of(feed: FeedSpec, count: int) -> list[Message]:
@@ -420,8 +437,9 @@ def test_what_is_written_is_what_one_by_one_would_be(feed: FeedSpec, tmp_path: P
     firsts = {p: min(m.offset() for m in messages if m.partition() == p) for p in range(4)}
     tallies = {partition: Tally(first) for partition, first in firsts.items()}
     reasons: Counter[str] = Counter()
-    _decode_messages(messages, BatchDecoder(Contract(feed)), package, tallies, reasons)
-    files = {path.name.split(".")[0]: path.read_bytes() for files, path, _ in package.finish()}
+    _decode_messages(messages, BatchDecoder(Contract(feed)), package, tallies, reasons, Profile())
+    package.close()
+    files = {table: path.read_bytes() for table, path, _ in package.files()}
 
     contract = Contract(feed)
     rows, dead, tombstones = [], [], 0
@@ -441,10 +459,10 @@ def test_what_is_written_is_what_one_by_one_would_be(feed: FeedSpec, tmp_path: P
         else:
             dead.append((*place, verdict.reason.value, verdict.path, verdict.message, key, "\\x" + value.hex()))
 
-    header, *written = read_back(files[feed.table])
+    header, written = split_header(files[feed.table])
     assert len(header) == len(written[0])
     assert Counter(written) == Counter(rows)
-    names, *letters = read_back(files["_dead_letters"])
+    names, letters = split_header(files["_dead_letters"])
     wanted = ("_kafka_partition", "_kafka_offset", "source_time", "reason", "path", "message", "raw_key", "raw_value")
     picked = [names.index(name) for name in wanted]
     assert Counter(tuple(letter[i] for i in picked) for letter in letters) == Counter(dead)
@@ -468,7 +486,8 @@ def test_what_is_written_is_what_one_by_one_would_be(feed: FeedSpec, tmp_path: P
 def test_bytes_are_written_as_hexadecimal_digits() -> None:
     items = [b"key", None, b"", b"\x00\xff", b"\\x41", None]
     for some in (items, items[1:3], [None], [b""], []):
-        assert bytes_cells(some).to_pylist() == [None if item is None else "\\x" + item.hex() for item in some]
+        column = pa.array([b"before", *some], pa.binary())[1:]
+        assert hex_texts(column).to_pylist() == [None if item is None else "\\\\x" + item.hex() for item in some]
 
 
 def test_times_are_written_to_the_millisecond_and_none_beyond_the_calendar() -> None:
