@@ -235,7 +235,7 @@ def add_page(page: SortedPage, package: Package) -> None:
 
 
 def api_place(page: Page, item: int, content: str) -> list[str | None]:
-    """Those of the raw row, after the stream, as text."""
+    """A record's coordinates in its raw row, after the stream id, as text."""
     return [cell(value) for value in (page.window_from, page.window_to, page.number, item, content)]
 
 

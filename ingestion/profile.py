@@ -1,7 +1,7 @@
 """Where the time of a landing goes: two threads, each with stages that add up to its wall time.
 
-    reading      consume, decode, write, wait (for the load before), other
-    committing   copy, commit (what dlt and the guard do besides), idle
+reading      consume, decode, write, wait (for the load before), other
+committing   copy, commit (what dlt and the guard do besides), idle
 """
 
 import time

@@ -24,7 +24,7 @@ from ingestion.endpoint import PageAccount, Sorter, api_place, endpoint_origin, 
 from ingestion.errors import ConfigurationError, Reason
 from ingestion.feeds import FeedSpec, KafkaOrigin
 from ingestion.kafka import Topic, TopicReader
-from ingestion.landing import Landing, time_text
+from ingestion.landing import Landing
 from ingestion.ledger import Connection, Stream, Writer
 from ingestion.package import cell, headers_json
 from ingestion.replay import (
@@ -43,6 +43,7 @@ from ingestion.replay import (
 )
 from ingestion.rest import EndpointReader
 from ingestion.settings import Settings
+from ingestion.topic import time_text
 
 # What a day's line counts, in the order it is shown.
 FIGURES = ("read", "unchanged", "landed", "failed", "restored", "dead", "discarded", "empty")

@@ -53,8 +53,11 @@ def ingest(
     report: RunReport | None = None,
     *,
     take_over: bool = False,
+    folder: Path | None = None,
 ) -> list["Landing"]:
     """Land the feeds one after the other. A feed that fails does not keep the others from landing.
+
+    With a folder its files are landed instead of what the feeds' sources hold.
 
     An outage is tried again within the retry policy; each try sweeps what the one before left and reads on from the
     last commit.
@@ -63,32 +66,44 @@ def ingest(
         WarehouseError: the first failure, after every feed had its turn.
     """
     # Imported here: dlt takes a second to import.
-    from ingestion.landing import land_feed, loss_error
+    from ingestion.files import stream_name
+    from ingestion.landing import Landing, land_feed
+    from ingestion.topic import loss_error
 
     policy = policy_of(settings)
     report = report or RunReport()
     failures: list[WarehouseError] = []
     for feed in feeds:
+        # A step of the feed's own would pass for a read of its source and make it fresh.
+        name = stream_name(folder) if folder else feed.name
         try:
-            with run.step("ingest", feed.name) as step, reporter.task(feed.name) as task:
-                landing = retrying(
-                    partial(land_feed, settings, feed, progress=task.update, take_over=take_over),
-                    policy,
-                    on_retry=lambda error, delay: reporter.line(f"{error.message} Trying again in {delay:.1f} s."),
-                )
-                step.rows, step.dead = landing.landed, landing.dead
+            # Of all tries together: what one that failed had committed is part of the run.
+            landing = Landing(feed.name)
+            with run.step("ingest", name) as step, reporter.task(name) as task:
+                try:
+                    land = partial(land_feed, settings, feed, progress=task.update, take_over=take_over)
+                    retrying(
+                        partial(land, landing=landing, folder=folder),
+                        policy,
+                        on_retry=lambda error, delay: reporter.line(f"{error.message} Trying again in {delay:.1f} s."),
+                    )
+                finally:
+                    step.rows, step.dead = landing.landed, landing.dead
                 report.landings.append(landing)
                 if landing.open_losses:
                     raise loss_error(feed.name, landing.open_losses)
                 require_within_budget(feed, landing)
         except WarehouseError as error:
             failures.append(error)
-            reporter.line(f"{feed.name}: failed: {error.message}")
+            reporter.line(f"{name}: failed: {error.message}")
             continue
         if landing.swept:
-            reporter.line(f"{feed.name}: swept {len(landing.swept)} load(s) an interrupted run left uncommitted")
+            reporter.line(f"{name}: swept {len(landing.swept)} load(s) an interrupted run left uncommitted")
+        if landing.passed_over:
+            more = f" and {len(landing.passed_over) - 3:,} more" if len(landing.passed_over) > 3 else ""
+            reporter.line(f"{name}: not read, being no files: {', '.join(landing.passed_over[:3])}{more}")
         reporter.line(
-            f"{feed.name}: offered {landing.offered:,}, landed {landing.landed:,}, dead {landing.dead:,} "
+            f"{name}: offered {landing.offered:,}, landed {landing.landed:,}, dead {landing.dead:,} "
             f"in {landing.seconds:.1f} s"
         )
     if failures:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ingestion import landing as landing_module
+from ingestion import topic as topic_module
 from ingestion.database import connect
 from ingestion.ddl import ensure_schema
 from ingestion.errors import TransientError
@@ -30,19 +30,19 @@ MORTAL_LOADER = """
 import os, signal, sys
 from dataclasses import replace
 from pathlib import Path
-from ingestion import landing
+from ingestion import landing, topic
 from ingestion.feeds import load_feeds, select_feeds
 from ingestion.poison import Suspicion
 from ingestion.settings import load_settings
 
-decode = landing._decode_messages
+decode = topic.decode_messages
 
 def mortal(batch, *rest):
     if any(b"mer_66666" in (message.value() or b"") for message in batch):
         os.kill(os.getpid(), signal.SIGKILL)
     return decode(batch, *rest)
 
-landing._decode_messages = mortal
+topic.decode_messages = mortal
 if sys.argv[3] == "hurried":
     Suspicion.is_careful = property(lambda self: self.noting or self.limit < self.usual_limit)
 settings = load_settings(Path(sys.argv[1]))
@@ -84,7 +84,7 @@ def test_an_outage_while_a_load_is_under_way_loses_neither(
     feed = own_topic(PAYMENTS)
     send(feed, [(b"k", payment()) for _ in range(100)], 0)
     reads = []
-    write_package = landing_module.write_package
+    write_package = topic_module.write_package
 
     def write_once(*arguments: object) -> object:
         reads.append(arguments)
@@ -93,7 +93,7 @@ def test_an_outage_while_a_load_is_under_way_loses_neither(
         return write_package(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(landing_module, "write_package", write_once)
+        patch.setattr(topic_module, "write_package", write_once)
         with pytest.raises(TransientError, match="went away"):
             land_feed(warehouse, feed, records_per_load=40)
     assert account(query) == (40, 40, 0, 40), "the load under way was committed"

@@ -28,18 +28,18 @@ MORTAL_LOADER = """
 import os, signal, sys
 from dataclasses import replace
 from pathlib import Path
-from ingestion import landing
+from ingestion import landing, topic
 from ingestion.feeds import load_feeds, select_feeds
 from ingestion.settings import load_settings
 
-decode = landing._decode_messages
+decode = topic.decode_messages
 
 def mortal(batch, *rest):
     if any(b"mer_66666" in (message.value() or b"") for message in batch):
         os.kill(os.getpid(), signal.SIGKILL)
     return decode(batch, *rest)
 
-landing._decode_messages = mortal
+topic.decode_messages = mortal
 settings = load_settings(Path(sys.argv[1]))
 (feed,) = select_feeds(load_feeds(settings), ["raw_payments.transaction_created"])
 landing.land_feed(settings, replace(feed, origin=replace(feed.origin, topic=sys.argv[2])))

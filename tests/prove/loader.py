@@ -32,9 +32,10 @@ from ingestion import landing as landing_module
 from ingestion import ledger
 from ingestion.errors import WarehouseError
 from ingestion.feeds import AcceptedValues, FeedSpec, KafkaOrigin, load_feeds, select_feeds
-from ingestion.landing import land_feed, loss_error
+from ingestion.landing import land_feed
 from ingestion.retry import policy_of, retrying
 from ingestion.settings import Settings, load_settings
+from ingestion.topic import loss_error
 
 PROJECT = Path(__file__).resolve().parents[2]
 FAILED = 3

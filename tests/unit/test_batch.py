@@ -31,10 +31,10 @@ from ingestion.feeds import (
     Range,
     Rule,
 )
-from ingestion.landing import Tally, _decode_messages
 from ingestion.ledger import Stream, Writer
 from ingestion.package import Package, copy_line, copy_lines, headers_json, hex_texts
 from ingestion.profile import Profile
+from ingestion.topic import Tally, decode_messages
 from orchestration.sample import FEEDS, TRANSACTIONS, USER_EVENTS, SampleSpec, generate
 from orchestration.sample.defects import catalogue
 
@@ -437,7 +437,7 @@ def test_what_is_written_is_what_one_by_one_would_be(feed: FeedSpec, tmp_path: P
     firsts = {p: min(m.offset() for m in messages if m.partition() == p) for p in range(4)}
     tallies = {partition: Tally(first) for partition, first in firsts.items()}
     reasons: Counter[str] = Counter()
-    _decode_messages(messages, BatchDecoder(Contract(feed)), package, tallies, reasons, Profile())
+    decode_messages(messages, BatchDecoder(Contract(feed)), package, tallies, reasons, Profile())
     package.close()
     files = {table: path.read_bytes() for table, path, _ in package.files()}
 
