@@ -5,7 +5,7 @@ What changes something is a dry run until `--apply` is given, and says so.
 
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,11 +25,17 @@ from orchestration.dead_letters import Filter, Status
 
 if TYPE_CHECKING:
     from ingestion.feeds import FeedSpec
-    from ingestion.replay import Replay
+    from ingestion.replay import Coming, Replay
     from ingestion.replay_window import OffsetWindow, TimeWindow
+    from ingestion.settings import Settings
+    from orchestration.console import Reporter
+    from orchestration.history import Run
+    from orchestration.replay import Rebuild
 
 TIME_FORMATS = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]
 WAIT_S = 60.0
+# Of days that do not follow each other, the line of a model shows this many ranges.
+RANGES_SHOWN = 4
 
 dead_letters_app = typer.Typer(no_args_is_help=True, help="Records set aside, with their bytes and a reason.")
 
@@ -42,7 +48,9 @@ Ids = Annotated[list[str] | None, typer.Option("--id", help="Only this one; may 
 Apply = Annotated[bool, typer.Option("--apply", help="Do it. Without it nothing changes.")]
 Because = Annotated[str | None, typer.Option("--because", help="Why, for the audit.")]
 Wait = Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for another writer of the feed.")]
-WithModels = Annotated[bool, typer.Option("--with-models", help="Then rebuild the models of the feed.")]
+WithModels = Annotated[
+    bool, typer.Option("--with-models", help="Say which days of which models change, and rebuild only those.")
+]
 
 
 def _utc(when: datetime | None) -> datetime | None:
@@ -201,24 +209,25 @@ def replay_command(
     Example: warehouse dead-letters replay --feed raw_payments.transaction_created --reason not_accepted --apply
     """
     from ingestion.replay import Selection
-    from orchestration.replay import build_downstream, downstream, recording, replay_letters
+    from orchestration.replay import recording, replay_letters
 
-    _require_apply(with_models, apply)
     chosen = _feeds(feed)
     selection = Selection(reason, _utc(since), _utc(until), tuple(ids or ()))
     reporter = make_reporter(quiet)
-    models: list[str] = []
+    coming: list[Coming] | None = [] if with_models and not apply else None
     with services_running() as settings:
         _require_ids(settings, selection.ids)
         with recording(settings, "dead-letters replay", apply) as run:
-            replays = replay_letters(settings, chosen, selection, run, reporter, because=because, wait_s=wait)
-            if run is not None and with_models and downstream(replays):
-                models = build_downstream(settings, replays, run, reporter)
+            replays = replay_letters(
+                settings, chosen, selection, run, reporter, because=because, wait_s=wait, coming=coming
+            )
+            if not as_json:
+                _print_replays(replays, apply)
+            rebuild = _take_in(settings, replays, coming, run, reporter, with_models)
     if as_json:
-        print_json({"applied": apply, "feeds": [one.as_dict() for one in replays], "models": models})
+        print_json({"applied": apply, "feeds": [one.as_dict() for one in replays], **_models_dict(rebuild)})
     else:
-        _print_replays(replays, apply)
-        _print_models(downstream(replays), models)
+        _print_models(replays, rebuild, apply)
 
 
 def _print_replays(replays: Sequence["Replay"], applied: bool) -> None:
@@ -234,8 +243,6 @@ def _print_replays(replays: Sequence["Replay"], applied: bool) -> None:
     )
     print(render_table(header, [(r.feed, r.landed, r.failed, r.superseded) for r in replays], indent=""))
     _print_reasons(replays)
-    if not applied:
-        print("Nothing was changed; --apply does it.")
 
 
 def _print_reasons(replays: Sequence["Replay"]) -> None:
@@ -245,18 +252,65 @@ def _print_reasons(replays: Sequence["Replay"]) -> None:
             print(f"  {one.feed}: still {reasons}")
 
 
-def _print_models(arguments: Sequence[str], models: Sequence[str]) -> None:
-    if models:
-        print(f"rebuilt: {', '.join(models)}")
-    elif "--full-refresh" in arguments:
-        print(f"Rows that were gone are back; the models need: dbt build {' '.join(arguments)}")
-    elif arguments:
-        print(f"The models take it in with the next run, or now: dbt build {' '.join(arguments)}")
+def _take_in(
+    settings: "Settings",
+    replays: Sequence["Replay"],
+    coming: "list[Coming] | None",
+    run: "Run | None",
+    reporter: "Reporter",
+    with_models: bool,
+) -> "Rebuild | None":
+    """What becomes of the models, or (no run) would; None where nobody asked."""
+    from orchestration.replay import Rebuild, build_downstream, forecast_models
+
+    if not with_models:
+        return None
+    if run is None:
+        return Rebuild(forecast_models(settings, coming or [], reporter), [])
+    return build_downstream(settings, replays, run, reporter)
 
 
-def _require_apply(with_models: bool, apply: bool) -> None:
-    if with_models and not apply:
-        raise ConfigurationError("--with-models rebuilds models: it needs --apply.", hint="A dry run changes nothing.")
+def _models_dict(rebuild: "Rebuild | None") -> dict[str, Any]:
+    if rebuild is None:
+        return {"models": None}
+    return {"models": [one.as_dict() for one in rebuild.models], "unforeseen": rebuild.unforeseen}
+
+
+def _print_models(replays: Sequence["Replay"], rebuild: "Rebuild | None", applied: bool) -> None:
+    from orchestration.console import render_table
+    from orchestration.replay import downstream
+
+    if rebuild is None:
+        if arguments := downstream(replays):
+            print(f"The models take it in with the next run, or now: dbt build {' '.join(arguments)}")
+    elif not rebuild.models:
+        print("No model changes." if applied else "No model would change.")
+    else:
+        rows = [(one.model.name, render_days(one.days)) for one in rebuild.models if one.days is not None]
+        if rows:
+            print(render_table(("model", "days changed" if applied else "days that may change"), rows, indent=""))
+        if dayless := [one.model.name for one in rebuild.models if one.days is None]:
+            print(f"  without days, {'built too' if applied else 'would be built too'}: {', '.join(dayless)}")
+        if rebuild.unforeseen:
+            print(f"  something else landed meanwhile: see other days of {', '.join(rebuild.unforeseen)}, too")
+    if replays and not applied:
+        print("Nothing was changed; --apply does it.")
+
+
+def render_days(days: Sequence[date | None]) -> str:
+    """Days in order as ranges and how many they are: `2026-01-06 .. 2026-01-08 (3 days)`; of many ranges, the ends."""
+    ranges: list[tuple[date, date]] = []
+    for day in filter(None, days):
+        if ranges and day - ranges[-1][1] == timedelta(days=1):
+            ranges[-1] = (ranges[-1][0], day)
+        else:
+            ranges.append((day, day))
+    shown = [f"{first}" if first == last else f"{first} .. {last}" for first, last in ranges]
+    if len(shown) > RANGES_SHOWN:
+        shown = [*shown[: RANGES_SHOWN - 1], "...", shown[-1]]
+    if None in days:
+        shown.append("no day")
+    return f"{', '.join(shown)} ({len(days)} day{'' if len(days) == 1 else 's'})" if shown else "none"
 
 
 def _require_ids(settings: Any, ids: Sequence[str]) -> None:
@@ -335,22 +389,21 @@ def replay_window_command(
 
     Example: warehouse replay raw_payments.transaction_created --from 2026-01-05 --to 2026-01-07
     """
-    from orchestration.replay import build_downstream, downstream, recording, replay_source
+    from orchestration.replay import recording, replay_source
 
-    _require_apply(with_models, apply)
     (chosen,) = _feeds(feed)
     window = _window(start, stop, partition, from_offset, to_offset)
     reporter = make_reporter(quiet)
-    models: list[str] = []
+    coming: list[Coming] | None = [] if with_models and not apply else None
     with services_running() as settings, recording(settings, "replay", apply) as run:
-        result = replay_source(settings, chosen, window, run, reporter, because=because, wait_s=wait)
-        if run is not None and with_models and downstream([result]):
-            models = build_downstream(settings, [result], run, reporter)
+        result = replay_source(settings, chosen, window, run, reporter, because=because, wait_s=wait, coming=coming)
+        if not as_json:
+            _print_window(result, apply)
+        rebuild = _take_in(settings, [result], coming, run, reporter, with_models)
     if as_json:
-        print_json({**result.as_dict(), "models": models})
+        print_json({**result.as_dict(), **_models_dict(rebuild)})
     else:
-        _print_window(result, apply)
-        _print_models(downstream([result]), models)
+        _print_models([result], rebuild, apply)
 
 
 def _window(
@@ -396,5 +449,3 @@ def _print_window(result: Any, applied: bool) -> None:
         print(f"  {result.waiting:,} of the window are new: the normal run reads them (`warehouse ingest`)")
     if result.gone:
         print(f"  up to {result.gone:,} of the window are no longer at the source")
-    if not applied:
-        print("Nothing was changed; --apply does it.")

@@ -5,16 +5,18 @@ A dry run records nothing and makes nothing: it may not change a byte.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 from ingestion.database import connect
 from ingestion.feeds import FeedSpec
-from ingestion.replay import Replay, Selection, count_open, discard_dead_letters, replay_dead_letters
+from ingestion.replay import Coming, Replay, Selection, count_open, discard_dead_letters, replay_dead_letters
 from ingestion.replay_window import OffsetWindow, TimeWindow, WindowReplay, replay_window
 from ingestion.settings import Settings
 from orchestration import transform
 from orchestration.console import Reporter
+from orchestration.forecast import ModelDays, fetch_contents, find_changed, forecast_days, select_downstream
 from orchestration.history import Run, recorded_run
 from orchestration.run import prepare
 
@@ -45,8 +47,12 @@ def replay_letters(
     *,
     because: str | None = None,
     wait_s: float,
+    coming: list[Coming] | None = None,
 ) -> list[Replay]:
     """Replay the feeds' open dead letters, or (no run) say what it would do. A feed without any is left alone.
+
+    Args:
+        coming: gets the rows that would land, by feed.
 
     Raises:
         WarehouseError: of the first feed that failed; feeds before it stand.
@@ -64,6 +70,7 @@ def replay_letters(
                 apply=run is not None,
                 because=because,
                 wait_s=wait_s,
+                coming=None if coming is None else _begin(coming, feed),
                 progress=task.update,
             )
             replays.append(_recorded(run, feed, action))
@@ -79,8 +86,9 @@ def replay_source(
     *,
     because: str | None = None,
     wait_s: float,
+    coming: list[Coming] | None = None,
 ) -> WindowReplay:
-    """Read a window of a feed again, or (no run) say what it would do."""
+    """Read a window of a feed again, or (no run) say what it would do; `coming` gets the rows that would land."""
     with reporter.task(f"replay {feed.name}") as task:
         action = partial(
             replay_window,
@@ -90,9 +98,15 @@ def replay_source(
             apply=run is not None,
             because=because,
             wait_s=wait_s,
+            coming=None if coming is None else _begin(coming, feed),
             progress=task.update,
         )
         return _recorded(run, feed, action)
+
+
+def _begin(coming: list[Coming], feed: FeedSpec) -> Coming:
+    coming.append(Coming(feed))
+    return coming[-1]
 
 
 def _recorded(run: Run | None, feed: FeedSpec, action: Callable[[], R]) -> R:
@@ -117,24 +131,64 @@ def discard_letters(
     return {name: count for name, count in counts.items() if count}
 
 
-def downstream(replays: Sequence[Replay]) -> list[str]:
-    """dbt's arguments that rebuild the models of what landed; none for nothing.
+@dataclass(frozen=True)
+class Rebuild:
+    """What building the models of replayed feeds changed.
 
-    Staging counts the raw rows folded into each of its own. It may or may not have taken in a row that was gone and
-    is back under another load; only a full refresh counts it once in either case.
+    `unforeseen`: models of which more or fewer rows were written than forecast, as when something else landed
+    meanwhile; on other days than those looked at they may have changed, too.
     """
-    feeds = [replay for replay in replays if replay.load_ids]
-    refresh = ["--full-refresh"] if any(replay.restored for replay in feeds) else []
-    return [*refresh, "--select", *(f"source:{replay.feed}+" for replay in feeds)] if feeds else []
+
+    models: list[ModelDays]
+    unforeseen: list[str]
 
 
-def build_downstream(settings: Settings, replays: Sequence[Replay], run: Run, reporter: Reporter) -> list[str]:
-    """`dbt build` of the models of what landed; their names.
+def downstream(replays: Sequence[Replay]) -> list[str]:
+    """dbt's arguments that build the models of what landed; none for nothing."""
+    feeds = [replay.feed for replay in replays if replay.load_ids]
+    return select_downstream(feeds) if feeds else []
+
+
+def forecast_models(settings: Settings, coming: Sequence[Coming], reporter: Reporter) -> list[ModelDays]:
+    """The models of the feeds rows would land in, with the days that would change; none where nothing would land.
+
+    Closes what is coming.
+
+    Raises:
+        WarehouseError: as `forecast_days`.
+    """
+    feeds = [one.feed.name for one in coming if one.rows]
+    try:
+        if not feeds:
+            return []
+        with reporter.task("forecast"):
+            return forecast_days(settings, feeds, coming)
+    finally:
+        for one in coming:
+            one.close()
+
+
+def build_downstream(settings: Settings, replays: Sequence[Replay], run: Run, reporter: Reporter) -> Rebuild:
+    """`dbt build` of the models of what landed, and the days of them it changed.
 
     Raises:
         DataError: a model or test failed.
+        WarehouseError: as `forecast_days`; nothing was built.
     """
+    feeds = [replay.feed for replay in replays if replay.load_ids]
+    if not feeds:
+        return Rebuild([], [])
     with run.step("build"), reporter.task("dbt build") as task:
-        arguments = downstream(replays)
-        report = transform.build(settings, arguments, on_node=lambda _n, _s, done, due: task.update(done, due))
-    return [node.node.rpartition(".")[2] for node in report.nodes if node.node.startswith("model.")]
+        forecast = forecast_days(settings, feeds)
+        before = fetch_contents(settings, forecast)
+        report = transform.build(
+            settings, select_downstream(feeds), on_node=lambda _n, _s, done, due: task.update(done, due)
+        )
+        after = fetch_contents(settings, forecast)
+    written = {node.node: node.rows for node in report.nodes}
+    unforeseen = [
+        one.model.name
+        for one in forecast
+        if one.rows is not None and written.get(one.model.unique_id) not in (None, one.rows)
+    ]
+    return Rebuild(find_changed(forecast, before, after), unforeseen)

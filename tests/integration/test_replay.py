@@ -17,10 +17,10 @@ import pytest
 from ingestion import ledger
 from ingestion.database import connect
 from ingestion.ddl import ensure_schema
-from ingestion.errors import FeedBusyError, Reason, WarehouseError
+from ingestion.errors import AuthenticationError, ErrorClass, FeedBusyError, Reason, TransientError, WarehouseError
 from ingestion.feeds import AcceptedValues, FeedSpec, Range
 from ingestion.landing import land_feed
-from ingestion.replay import Replay, Selection, discard_dead_letters, replay_dead_letters
+from ingestion.replay import Replay, Selection, count_open, discard_dead_letters, replay_dead_letters
 from ingestion.replay_window import OffsetWindow, TimeWindow, replay_window
 from ingestion.settings import Settings
 from orchestration.dead_letters import Filter, count_dead_letters, export_dead_letters, fetch_events, list_dead_letters
@@ -332,6 +332,50 @@ def test_list_stats_events_and_export(warehouse: Settings, rejected: FeedSpec, t
     with pytest.raises(WarehouseError, match="there already"):
         export_dead_letters(connection, Filter(), target)
     connection.close()
+
+
+REFUSALS = {
+    "connection ended": (
+        "create function public.end_it() returns trigger language plpgsql as $$ begin "
+        "perform pg_terminate_backend(pg_backend_pid()); return null; end $$; "
+        "create trigger end_it after insert on raw_payments._dead_letter_events execute function public.end_it()",
+        TransientError,
+        "went away",
+    ),
+    "no right": (
+        "create function public.no_right() returns trigger language plpgsql as $$ begin "
+        "raise insufficient_privilege using message = 'permission denied for table x'; end $$; "
+        "create trigger no_right before insert on raw_payments._dead_letter_events execute function public.no_right()",
+        AuthenticationError,
+        "permission denied",
+    ),
+    "another table": (
+        "alter table raw_payments._dead_letter_events rename column acted_by to actor",
+        WarehouseError,
+        'the replay failed: column "acted_by" .* does not exist',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_postgres_refuses_is_named(warehouse: Settings, rejected: FeedSpec, query: Query, name: str) -> None:
+    """Also where nothing lands: letters that fail again are only noted."""
+    how, error_class, message = REFUSALS[name]
+    query(how)
+    with pytest.raises(WarehouseError, match=message) as failed:
+        run_replay(warehouse, rejected, reason=Reason.MALFORMED_JSON, apply=True)
+    assert type(failed.value) is error_class
+    assert failed.value.hint
+    # Neither the statement nor what it was to write.
+    assert "INSERT" not in failed.value.message.upper()
+
+
+def test_a_dry_run_that_postgres_refuses_is_named(warehouse: Settings, rejected: FeedSpec, query: Query) -> None:
+    query("alter table raw_payments._dead_letters rename column raw_value to value")
+    for ask in (run_replay, lambda warehouse, feed: count_open(warehouse, feed, Selection())):
+        with pytest.raises(WarehouseError, match=r"column .*raw_value.* does not exist") as failed:
+            ask(warehouse, rejected)
+        assert failed.value.error_class is ErrorClass.INTERNAL
 
 
 # --- the guard --------------------------------------------------------------------------------------------------------

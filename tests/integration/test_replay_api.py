@@ -8,13 +8,14 @@ from decimal import Decimal
 import pytest
 
 from ingestion import rest
+from ingestion.errors import ConfigurationError
 from ingestion.feeds import AcceptedValues, FeedSpec, RestOrigin, WindowSpec
 from ingestion.landing import land_feed
 from ingestion.replay import Selection, replay_dead_letters
 from ingestion.replay_window import TimeWindow, replay_window
 from ingestion.settings import Settings
 from orchestration.sample.rates import is_publishing_day
-from orchestration.sample.rates_api import RatesServer, serving
+from orchestration.sample.rates_api import Fault, RatesServer, serving
 
 Query = Callable[..., list[tuple]]
 
@@ -169,3 +170,25 @@ def test_a_window_of_days_is_read_again(settings: Settings, feed: FeedSpec, serv
     # Days no normal run has read are left to it.
     ahead = TimeWindow(start, dt.datetime.combine(TODAY, dt.time(), dt.UTC) + dt.timedelta(days=4))
     assert replay_window(settings, feed, ahead).waiting == 3
+
+
+def test_days_the_api_has_nothing_of_are_an_empty_window(
+    settings: Settings, feed: FeedSpec, server: RatesServer, query: Query
+) -> None:
+    """Its answer is 404, as for a path that is wrong: then it knows nothing of earlier days either."""
+    land_feed(settings, feed)
+    before = query("select * from ops.ledger")
+    server.today = lambda: TODAY - dt.timedelta(days=10)
+    midnight = dt.datetime.combine(TODAY, dt.time(), dt.UTC)
+    unpublished = TimeWindow(midnight - dt.timedelta(days=5), midnight)
+    for apply in (False, True):
+        result = replay_window(settings, feed, unpublished, apply=apply)
+        assert (result.read, result.landed, result.load_ids) == (0, 0, [])
+        assert len(result.days) == 1
+    assert query("select * from ops.ledger") == before
+
+    first = dt.datetime.combine(FIRST_DAY, dt.time(), dt.UTC)
+    for faults, window in ((2, unpublished), (1, TimeWindow(first, first + dt.timedelta(days=3)))):
+        server.faults.extend([Fault(status=404)] * faults)
+        with pytest.raises(ConfigurationError, match="answered with status 404"):
+            replay_window(settings, feed, window)

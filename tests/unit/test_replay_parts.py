@@ -15,7 +15,7 @@ from ingestion.landing import Landing
 from ingestion.replay import BYTES_PER_CHUNK, LETTERS_PER_CHUNK, _chunks
 from ingestion.replay_window import OffsetWindow, TimeWindow, WindowReplay, _bounds_by_offset, _days
 from ingestion.settings import Settings
-from orchestration.cli_replay import _window
+from orchestration.cli_replay import _window, render_days
 from orchestration.run import require_within_budget
 
 SOURCES = "models/staging/payments/_payments__sources.yml"
@@ -160,3 +160,24 @@ def test_an_api_is_asked_for_whole_days_and_none_before_its_first() -> None:
     first = dt.datetime(2025, 1, 1, tzinfo=dt.UTC)
     assert _days(TimeWindow(start, stop), first) == (start.replace(hour=0), stop.replace(day=8, minute=0))
     assert _days(TimeWindow(start, stop), start)[0] == start
+
+
+def days(*numbers: int | None) -> list[dt.date | None]:
+    return [number and dt.date(2026, 1, number) for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("told", "text"),
+    [
+        ([], "none"),
+        (days(6), "2026-01-06 (1 day)"),
+        (days(6, 7, 8), "2026-01-06 .. 2026-01-08 (3 days)"),
+        (days(2, 6, 7), "2026-01-02, 2026-01-06 .. 2026-01-07 (3 days)"),
+        (days(1, 3, 5, 7), "2026-01-01, 2026-01-03, 2026-01-05, 2026-01-07 (4 days)"),
+        (days(1, 3, 5, 7, 9, 10), "2026-01-01, 2026-01-03, 2026-01-05, ..., 2026-01-09 .. 2026-01-10 (6 days)"),
+        (days(1, None), "2026-01-01, no day (2 days)"),
+        (days(None), "no day (1 day)"),
+    ],
+)
+def test_days_are_shown_as_ranges(told: list[dt.date | None], text: str) -> None:
+    assert render_days(told) == text

@@ -1,6 +1,9 @@
 {{
     config(
-        materialized='table',
+        materialized='incremental',
+        incremental_strategy='difference',
+        unique_key=['rate_date', 'currency_code'],
+        on_schema_change='fail',
         indexes=[
             {'columns': ['rate_date', 'currency_code'], 'unique': True},
             {'columns': ['_fx_load_id']},

@@ -6,6 +6,7 @@
         on_schema_change='fail',
         indexes=[
             {'columns': ['transaction_id'], 'unique': True},
+            {'columns': ['occurred_date']},
             {'columns': ['_last_load_id']},
             {'columns': ['_fx_load_id']},
         ],
@@ -15,11 +16,12 @@
 
 {%- set reporting_currency = var('reporting_currency') %}
 
-with transactions as (
+-- Not materialized: read twice and more, and an incremental run must find the touched rows by index.
+with transactions as not materialized (
     select * from {{ ref('stg_payments__transactions') }}
 ),
 
-rates as (
+rates as not materialized (
     select * from {{ ref('int_fx__daily_rates_filled') }}
 ),
 

@@ -11,7 +11,7 @@
 }}
 
 with events as (
-    select * from {{ from_raw('raw_payments', 'transaction_created') }} as raw
+    select * from {{ from_raw('raw_payments', 'transaction_created', key=['transaction_id']) }} as raw
 ),
 
 currencies as (
@@ -36,6 +36,7 @@ new_events as (
         events._kafka_offset,
         events._loaded_at,
         events._dlt_load_id,
+        events._dlt_load_id as _first_load_id,
         events._dlt_load_id as _last_load_id
     from events
     left join currencies on events.currency = currencies.currency_code
@@ -62,9 +63,10 @@ all_events as (
             _kafka_offset,
             _loaded_at,
             _dlt_load_id,
+            _first_load_id,
             _last_load_id
         from {{ this }}
-        where transaction_id in (select new_events.transaction_id from new_events)
+        where transaction_id in {{ keys_to_fold('new_events', ['transaction_id'], 'raw_payments', 'transaction_created') }}
     {% endif %}
 ),
 
@@ -80,7 +82,10 @@ ranked as (
             '_kafka_partition desc',
             '_kafka_offset desc',
         ],
-        folds={'_folded_first_occurred_at': 'min(first_occurred_at)'},
+        folds={
+            '_folded_first_occurred_at': 'min(first_occurred_at)',
+            '_folded_first_load_id': 'min(_first_load_id)',
+        },
     ) }}
 ),
 
@@ -103,6 +108,7 @@ final as (
         _kafka_offset,
         _loaded_at,
         _dlt_load_id,
+        _folded_first_load_id as _first_load_id,
         _folded_load_id as _last_load_id
     from ranked
     where _rank = 1

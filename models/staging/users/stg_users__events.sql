@@ -4,6 +4,7 @@
         indexes=[
             {'columns': ['event_id'], 'unique': True},
             {'columns': ['user_id']},
+            {'columns': ['occurred_at']},
             {'columns': ['_last_load_id']},
         ],
         post_hook='{{ analyze_if_written() }}',
@@ -11,7 +12,7 @@
 }}
 
 with events as (
-    select * from {{ from_raw('raw_users', 'user_events') }} as raw
+    select * from {{ from_raw('raw_users', 'user_events', key=['event_id']) }} as raw
 ),
 
 new_events as (
@@ -32,6 +33,7 @@ new_events as (
         _kafka_offset,
         _loaded_at,
         _dlt_load_id,
+        _dlt_load_id as _first_load_id,
         _dlt_load_id as _last_load_id
     from events
 ),
@@ -57,9 +59,10 @@ all_events as (
             _kafka_offset,
             _loaded_at,
             _dlt_load_id,
+            _first_load_id,
             _last_load_id
         from {{ this }}
-        where event_id in (select new_events.event_id from new_events)
+        where event_id in {{ keys_to_fold('new_events', ['event_id'], 'raw_users', 'user_events') }}
     {% endif %}
 ),
 
@@ -75,6 +78,7 @@ ranked as (
             '_kafka_partition desc',
             '_kafka_offset desc',
         ],
+        folds={'_folded_first_load_id': 'min(_first_load_id)'},
     ) }}
 ),
 
@@ -96,6 +100,7 @@ final as (
         _kafka_offset,
         _loaded_at,
         _dlt_load_id,
+        _folded_first_load_id as _first_load_id,
         _folded_load_id as _last_load_id
     from ranked
     where _rank = 1
