@@ -31,7 +31,9 @@ class Status(StrEnum):
 _COLUMNS = (
     "dead_letter_id, feed, stream_name, kafka_partition, kafka_offset, api_window_from, api_window_to, api_page, "
     "api_item, source_time, failed_at, reason, path, message, contract_version, loader_version, attempts, status, "
-    "load_id, replay_load_id, discarded_at, discarded_by, discarded_because"
+    "load_id, replay_load_id, resolved_at, resolved_by, resolved_because, "
+    # The path of a file is its place; the key of a message is payload.
+    "case when stream_name like 'files:%%' then raw_key end"
 )
 _FILTER = (
     "(%(feed)s is null or feed = %(feed)s) and (%(reason)s is null or reason = %(reason)s) "
@@ -53,7 +55,7 @@ class Filter:
 
 @dataclass(frozen=True)
 class DeadLetter:
-    """One record set aside, without its bytes."""
+    """One record set aside, without its bytes. `resolved_` says who replayed or discarded it, when and why."""
 
     dead_letter_id: str
     feed: str
@@ -75,12 +77,17 @@ class DeadLetter:
     status: str
     load_id: str
     replay_load_id: str | None
-    discarded_at: datetime | None
-    discarded_by: str | None
-    discarded_because: str | None
+    resolved_at: datetime | None
+    resolved_by: str | None
+    resolved_because: str | None
+    file_path: bytes | None
 
     @property
     def coordinates(self) -> str:
+        if self.file_path is not None:
+            from ingestion.files import show_path
+
+            return f"{self.stream_name}/{show_path(bytes(self.file_path))}"
         if self.kafka_partition is not None:
             return f"{self.stream_name}/{self.kafka_partition}@{self.kafka_offset}"
         return f"{self.stream_name} {self.api_window_from:%Y-%m-%d} page {self.api_page} item {self.api_item}"
@@ -89,6 +96,7 @@ class DeadLetter:
         return {
             name: value.isoformat() if isinstance(value, datetime) else value
             for name, value in {**self.__dict__, "coordinates": self.coordinates}.items()
+            if name != "file_path"
         }
 
 

@@ -44,9 +44,9 @@ _PERIOD = re.compile(rf"/v1/({_DAY})\.\.({_DAY})?")
 class Fault:
     """A misbehaviour for one request: what the server does instead of giving the answer.
 
-    `status`: that status, with a JSON message. `body`: this text with status 200 (a proxy's HTML page, nothing at all).
-    `cut_connection`: the right answer's first half, then the end of the connection. `cut_body`: its first half as if
-    that were all. `headers` come on top (Retry-After).
+    `status`: that status, with a JSON message or `body`. `body`: this text with status 200 (a proxy's HTML page,
+    nothing at all). `cut_connection`: the right answer's first half, then the end of the connection. `cut_body`: its
+    first half as if that were all. `headers` come on top (Retry-After).
     """
 
     kind: Literal["status", "body", "cut_connection", "cut_body"] = "status"
@@ -200,6 +200,8 @@ class _Handler(BaseHTTPRequestHandler):
         content_type = "application/json; charset=utf-8"
         if fault is not None and kind == "status":
             status, body = _error(fault.status, HTTPStatus(fault.status).phrase.lower())
+            if fault.body:
+                body, content_type = fault.body, fault.content_type
         elif fault is not None and kind == "body":
             status, body, content_type = 200, fault.body, fault.content_type
         data = body.encode()

@@ -3,8 +3,10 @@
 import datetime as dt
 import os
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from ingestion import rest
+from ingestion import endpoint, rest
 from ingestion.errors import AuthenticationError, ConfigurationError, TransientError
 from ingestion.feeds import FeedSpec, RestOrigin, WindowSpec
 from ingestion.landing import Landing, land_feed
@@ -292,7 +294,7 @@ QUIET_READER = """
 import sys
 from datetime import date
 from pathlib import Path
-from ingestion import rest
+from ingestion import endpoint, rest
 from ingestion.feeds import load_feeds, select_feeds
 from ingestion.settings import load_settings
 
@@ -392,7 +394,23 @@ LASTING = {
     "500": ([Fault(status=500)] * rest.MAX_ATTEMPTS, TransientError, "answered with status 500 6 times"),
     "cut connection": ([Fault("cut_connection")] * rest.MAX_ATTEMPTS, TransientError, "does not answer"),
     "cut body": ([Fault("cut_body")] * rest.MAX_ATTEMPTS, TransientError, "something that is not JSON"),
-    "HTML": ([HTML], TransientError, "something that is not JSON"),
+    "HTML": ([HTML] * rest.MAX_ATTEMPTS, TransientError, "something that is not JSON"),
+    "503 with a page for people": (
+        [Fault(status=503, body="<h1>Service unavailable</h1>", content_type="text/html")] * rest.MAX_ATTEMPTS,
+        TransientError,
+        "answered with status 503 6 times",
+    ),
+    "a redirect in a circle": (
+        [Fault(status=302, headers={"Location": "/v1/latest"})] * (rest.MAX_REDIRECTS + 1),
+        ConfigurationError,
+        "redirects again and again",
+    ),
+    "a redirect to a sign-in page": (
+        [Fault(status=302, headers={"Location": "/sign-in"}), HTML] * rest.MAX_ATTEMPTS,
+        TransientError,
+        "something that is not JSON",
+    ),
+    "nested beyond reason": ([Fault("body", body="{" * 100_000)] * rest.MAX_ATTEMPTS, TransientError, "is not JSON"),
     "HTML that says it is JSON": (
         [replace(HTML, content_type="application/json")] * rest.MAX_ATTEMPTS,
         TransientError,
@@ -403,7 +421,8 @@ LASTING = {
         TransientError,
         "something that is not JSON",
     ),
-    "404": ([Fault(status=404)], ConfigurationError, "answered with status 404"),
+    # Also of more days: a window alone may hold nothing.
+    "404": ([Fault(status=404)] * 2, ConfigurationError, "answered with status 404"),
     "401": ([Fault(status=401)], AuthenticationError, "it refused us"),
     "403": ([Fault(status=403)], AuthenticationError, "it refused us"),
     "another shape": (
@@ -449,13 +468,94 @@ def test_a_lasting_fault_is_one_clear_error_and_leaves_everything_as_it_was(
 def test_a_first_run_that_fails_half_way_leaves_nothing(
     land: Callable[[], Landing], server: RatesServer, query: Query
 ) -> None:
-    server.faults.extend([FINE, FINE, HTML])
+    server.faults.extend([FINE, FINE, *[HTML] * rest.MAX_ATTEMPTS])
     with pytest.raises(TransientError):
         land()
     assert snapshot(query) == [[], [], [], []]
     assert query("select count(*)::int from raw_fx.daily_rates") == [(0,)]
     assert land().landed == len(published(server))
     assert_account(query)
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A certificate for 127.0.0.1 that nobody signed, with its key."""
+    path = tmp_path / "server.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=test"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(path), "-out", str(tmp_path / "only.pem")]
+    subprocess.run(command, check=True, capture_output=True)
+    path.write_bytes(path.read_bytes() + (tmp_path / "only.pem").read_bytes())
+    return path
+
+
+def test_a_certificate_nobody_vouches_for_is_a_wrong_setting(
+    warehouse: Settings,
+    feed: FeedSpec,
+    server: RatesServer,
+    certificate: Path,
+    query: Query,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    settings = warehouse.with_env(FX_API_BASE=server.url.replace("http:", "https:"), WAREHOUSE_EMBEDDED="")
+    with pytest.raises(ConfigurationError, match="has no certificate this machine trusts") as caught:
+        land_feed(settings, feed)
+    assert "REQUESTS_CA_BUNDLE" in caught.value.hint
+    assert snapshot(query) == [[], [], [], []]
+    # Twin: vouched for, the same server is read.
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+    assert land_feed(settings, feed).landed == len(published(server))
+
+
+def test_a_server_that_speaks_no_tls_is_a_wrong_setting(
+    warehouse: Settings, feed: FeedSpec, server: RatesServer, query: Query
+) -> None:
+    settings = warehouse.with_env(FX_API_BASE=server.url.replace("http:", "https:"), WAREHOUSE_EMBEDDED="")
+    with pytest.raises(ConfigurationError, match="or speaks no TLS"):
+        land_feed(settings, feed)
+    assert snapshot(query) == [[], [], [], []]
+
+
+def test_a_server_that_hangs_up_in_the_handshake_is_an_outage(warehouse: Settings, feed: FeedSpec) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        asked = []
+
+        def hang_up() -> None:
+            for _ in range(rest.MAX_ATTEMPTS):
+                asked.append(listening.accept()[0])
+                asked[-1].recv(1)
+                asked[-1].close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        with pytest.raises(TransientError, match="does not answer"):
+            land_feed(warehouse.with_env(FX_API_BASE=f"https://127.0.0.1:{listening.getsockname()[1]}"), feed)
+        thread.join()
+    assert len(asked) == rest.MAX_ATTEMPTS
+
+
+def test_one_page_for_every_window_lands_once(land: Callable[[], Landing], server: RatesServer, query: Query) -> None:
+    """An API that does not look at the days it is asked for: no window leads to another, so reading ends."""
+    server.faults.extend([page_of(TODAY, '"EUR":0.9,"GBP":0.8')] * 4)
+    landing = land()
+    assert (landing.landed, landing.unchanged, len(server.requests)) == (2, 6, 4)
+    assert assert_account(query) == (8, 2, 0, 6)
+
+
+def test_the_retry_policy_bounds_an_outage_of_the_api(
+    warehouse: Settings, feed: FeedSpec, server: RatesServer, query: Query
+) -> None:
+    """WAREHOUSE_RETRY_SECONDS=0: one try."""
+    settings = reading_from(warehouse, server).with_env(WAREHOUSE_RETRY_SECONDS="0")
+    server.faults.append(Fault(status=503))
+    with pytest.raises(TransientError, match=r"answered with status 503\."):
+        land_feed(settings, feed)
+    assert len(server.requests) == 1
+    # Twin: with time to try again the same fault passes.
+    server.faults.append(Fault(status=503))
+    assert land_feed(reading_from(warehouse, server), feed).landed == len(published(server))
 
 
 def test_a_server_that_is_down_is_an_outage(warehouse: Settings, feed: FeedSpec, query: Query) -> None:
@@ -484,6 +584,45 @@ def test_pages_that_stay_empty_land_nothing_and_claim_nothing(
     assert (landing.offered, landing.loads) == (0, [])
     assert snapshot(query) == [[], [], [], []]
     assert land().landed == len(published(server))
+
+
+def test_a_window_that_was_empty_is_asked_for_again(
+    land: Callable[[], Landing], server: RatesServer, query: Query
+) -> None:
+    """It lies before what is read again for corrections: believed, its days would never be asked for again."""
+    empty = (FIRST_DAY, FIRST_DAY + dt.timedelta(days=WINDOW_DAYS))
+    server.faults.extend([EMPTY_PAGE] * rest.EMPTY_PAGE_ATTEMPTS)
+    first = land()
+    # A window that begins on a day without rates brings the day before it once more.
+    assert min(day for day, _ in standing(query)) >= (empty[1] - dt.timedelta(days=7)).isoformat()
+    assert first.landed < len(published(server))
+    assert query("select window_from::date, window_to::date, pages from ops.ledger") == [
+        (FIRST_DAY, TODAY + dt.timedelta(days=1), 4)
+    ]
+    # Still empty: nothing is landed, and nothing forgotten.
+    server.faults.extend([EMPTY_PAGE] * rest.EMPTY_PAGE_ATTEMPTS)
+    server.requests.clear()
+    assert land().loads == []
+    asked = f"/v1/{empty[0]}..{empty[1] - dt.timedelta(days=1)}?base=USD"
+    assert list(server.requests)[:-1] == [asked] * rest.EMPTY_PAGE_ATTEMPTS
+    third = land()
+    assert first.landed + third.landed == len(published(server))
+    assert standing(query) == {key: Decimal(rate) for key, rate in published(server).items()}
+    assert_account(query)
+    # Filled, it is like any other.
+    server.requests.clear()
+    assert land().loads == []
+    assert asked not in server.requests
+
+
+def test_twin_a_window_that_was_empty_and_is_believed_is_never_read(
+    land: Callable[[], Landing], server: RatesServer, query: Query, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint, "EMPTY_WINDOWS_PER_RUN", 0)
+    server.faults.extend([EMPTY_PAGE] * rest.EMPTY_PAGE_ATTEMPTS)
+    land()
+    land()
+    assert standing(query).keys() < published(server).keys()
 
 
 # --- records that do not fit ------------------------------------------------------------------------------------------

@@ -11,7 +11,9 @@ import pytest
 from ingestion.contract import Contract, Rejection, Row
 from ingestion.errors import ConfigurationError
 from ingestion.feeds import FeedSpec, RestOrigin, WindowSpec
-from ingestion.rest import encode_record, parse_page, parse_retry_after, plan_windows, split_page
+from ingestion.rest import EndpointReader, encode_record, parse_page, parse_retry_after, plan_windows, split_page
+from ingestion.retry import RetryPolicy
+from ingestion.settings import Settings
 
 RATES = "raw_fx.daily_rates"
 
@@ -237,6 +239,17 @@ def test_texts_come_through_whatever_they_hold() -> None:
 def test_a_record_of_the_real_api_lands_to_the_digit(feed: FeedSpec) -> None:
     (record,) = records_of(feed, '{"amount":1.0,"base":"USD","rates":{"2026-01-02":{"EUR":0.123456789012}}}')
     assert Contract(feed).decode(record) == Row(["2026-01-02", "USD", "EUR", "0.123456789012"], None)
+
+
+# --- trying again -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("setting", "total_s"), [({}, 60.0), ({"WAREHOUSE_RETRY_SECONDS": "5"}, 5.0)])
+def test_an_api_is_asked_again_within_the_retry_policy(
+    feed: FeedSpec, clean_settings: Settings, setting: dict[str, str], total_s: float
+) -> None:
+    reader = EndpointReader(clean_settings.with_env(FX_API_BASE="http://127.0.0.1:1", **setting), feed)
+    assert reader._policy == RetryPolicy(base_s=0.5, cap_s=30.0, total_s=total_s, tries=6)
 
 
 # --- when to come back ------------------------------------------------------------------------------------------------
