@@ -149,15 +149,29 @@ def run(as_json: AsJson = False, quiet: Quiet = False) -> None:
             _print_landings(report.landings)
 
 
+def _print_profiles(landings: list[Any]) -> None:
+    """Seconds by stage of the two threads; each adds up to the wall time."""
+    from ingestion.profile import ADVICE, COMMITTING, READING
+
+    for landing in landings:
+        profile = landing.profile
+        print(f"{landing.feed}: {landing.offered:,} records in {profile.wall:.2f} s")
+        for thread, stages in (("reading", READING), ("committing", COMMITTING)):
+            parts = " + ".join(f"{stage} {profile.seconds.get(stage, 0.0):.2f}" for stage in stages)
+            print(f"  {thread:<10}  {parts} = {profile.wall:.2f} s")
+        print(f"  next bottleneck: {profile.bottleneck}: {ADVICE[profile.bottleneck]}")
+
+
 def _landing_dict(landing: Any) -> dict[str, Any]:
-    return {**landing.__dict__, "offered": landing.offered, "reasons": dict(landing.reasons)}
+    profile = {"profile": landing.profile.seconds}
+    return {**landing.__dict__, "offered": landing.offered, "reasons": dict(landing.reasons), **profile}
 
 
 def _print_landings(landings: list[Any]) -> None:
     from orchestration.console import render_table
 
     header = ("feed", "offered", "landed", "dead", "tombstones", "unchanged", "lost")
-    rows = [(o.feed, o.offered, o.landed, o.dead, o.tombstones, o.unchanged, o.lost) for o in landings]
+    rows = [(o.stream or o.feed, o.offered, o.landed, o.dead, o.tombstones, o.unchanged, o.lost) for o in landings]
     print(render_table(header, rows, indent=""))
 
 
@@ -167,31 +181,60 @@ def ingest(
     take_over: Annotated[
         bool, typer.Option("--take-over", help="End the right to commit of a writer that is stuck.")
     ] = False,
+    from_files: Annotated[
+        Path | None, typer.Option("--from-files", help="Land this folder's files instead, one record a file.")
+    ] = None,
+    feed: Annotated[str | None, typer.Option("--feed", help="One more feed by name.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Say where the time went.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Land what the sources offer now, without building models.
 
+    A folder's files, whatever their names and bytes, are landed or set aside byte for byte. A second time only new
+    files and files with other bytes are read. The feed's topic is left alone.
+
     Example: warehouse ingest raw_payments.transaction_created
+
+    Example: warehouse ingest --from-files /srv/drop --feed raw_payments.transaction_created
     """
     from ingestion.database import connect
     from orchestration.history import recorded_run
+    from orchestration.run import RunReport, prepare
     from orchestration.run import ingest as ingest_feeds
-    from orchestration.run import prepare
 
-    chosen = select_declared(feeds or [])
+    chosen = select_declared([*(feeds or []), *([feed] if feed else [])])
+    if from_files is not None:
+        _require_folder_of_one(from_files, chosen)
+    report = RunReport()
     with _services() as settings:
         prepare(settings)
         connection = connect(settings, purpose="ingest")
         try:
             with recorded_run(connection, "ingest", "manual", settings.project_dir) as recorded:
-                landings = ingest_feeds(settings, chosen, recorded, _reporter(quiet), take_over=take_over)
+                ingest_feeds(
+                    settings, chosen, recorded, _reporter(quiet), report, take_over=take_over, folder=from_files
+                )
         finally:
             connection.close()
-        if as_json:
-            _print_json([_landing_dict(landing) for landing in landings])
-        else:
-            _print_landings(landings)
+            # Also of a run that failed over its budget or a loss: what it landed has landed.
+            if as_json and report.landings:
+                _print_json([_landing_dict(landing) for landing in report.landings])
+            elif report.landings:
+                _print_landings(report.landings)
+                if profile:
+                    _print_profiles(report.landings)
+
+
+def _require_folder_of_one(folder: Path, feeds: "list[FeedSpec]") -> None:
+    """Nothing when the folder's files can land as records of the one feed; asked before a service starts."""
+    from ingestion.files import require_folder
+
+    if len(feeds) != 1:
+        raise ConfigurationError(
+            f"--from-files lands the files of one feed, not of {len(feeds)}.", hint="--feed NAME names it."
+        )
+    require_folder(_settings(), feeds[0], folder)
 
 
 @app.command()
@@ -256,19 +299,24 @@ app.command("replay")(replay_window_command)
 
 @app.command()
 def status(as_json: AsJson = False) -> None:
-    """Per feed: offered, landed, dead, lost, when it was last read, and what waits at the source.
+    """Where every feed stands: offered, landed, set aside, lost, waiting; and whether every day adds up.
 
     Example: warehouse status --json
     """
-    from orchestration.run import prepare
-    from orchestration.status import fetch_status, render_status
+    from ingestion.feeds import load_feeds
+    from orchestration.status import answering_services, fetch_status, render_status
 
-    with _services() as settings:
-        statuses = fetch_status(settings, prepare(settings))
-        if as_json:
-            _print_json([one.as_dict() for one in statuses])
-        else:
-            print(render_status(statuses))
+    settings = _settings()
+    feeds = load_feeds(settings)
+    with answering_services(settings) as served:
+        found = fetch_status(served, feeds)
+    if as_json:
+        _print_json(found.as_dict())
+    else:
+        print(render_status(found))
+    if found.problem is not None:
+        # What is known was shown.
+        raise found.problem
 
 
 @feeds_app.callback(invoke_without_command=True)
@@ -392,7 +440,7 @@ def services_start(as_json: AsJson = False) -> None:
 
     Example: warehouse services start && dbt build
     """
-    from ingestion.package import show_to_plain_dlt
+    from ingestion.load import show_to_plain_dlt
     from orchestration.run import prepare
     from orchestration.services import start
 

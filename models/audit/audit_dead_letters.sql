@@ -26,9 +26,9 @@ final as (
         source_time,
         failed_at,
         replay_load_id,
-        discarded_at,
-        discarded_by,
-        discarded_because,
+        resolved_at,
+        resolved_by,
+        resolved_because,
         contract_version,
         loader_version
     from dead_letters

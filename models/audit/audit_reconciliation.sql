@@ -1,103 +1,166 @@
-{{ config(materialized='table') }}
+{{
+    config(
+        materialized='incremental',
+        incremental_strategy='difference',
+        unique_key=['feed', 'loaded_date'],
+        on_schema_change='fail',
+        indexes=[
+            {'columns': ['feed', 'loaded_date'], 'unique': True},
+        ],
+    )
+}}
 
-{#- Each feed with the staging model that takes it in and the column that says how many raw rows a row stands for. -#}
-{%- set hops = [
-    {'source': 'raw_fx', 'table': 'daily_rates', 'staging': 'stg_fx__daily_rates', 'folded': 'version_count'},
-    {'source': 'raw_payments', 'table': 'transaction_created', 'staging': 'stg_payments__transactions',
-        'folded': 'event_count'},
-    {'source': 'raw_users', 'table': 'user_events', 'staging': 'stg_users__events', 'folded': 'event_count'},
+{%- set ledger_counts = [
+    'offered', 'landed', 'restored', 'dead', 'replayed', 'tombstones', 'unchanged', 'lost', 'drifted',
 ] %}
+{%- set letter_counts = ['dead_letter_rows', 'replayed_letter_rows'] %}
+{%- set row_counts = ['raw_rows', 'missing_rows', 'staged_rows', 'waiting_rows'] %}
+{%- set feeds = [] %}
+{%- set money_feeds = [] %}
+{%- for hop in reconciled_feeds() %}
+    {%- do feeds.append(hop.source ~ '.' ~ hop.table) %}
+    {%- if hop.money is defined %}
+        {%- do money_feeds.append(feeds[-1]) %}
+    {%- endif %}
+{%- endfor %}
 
 with ledger as (
     select * from {{ source('ops', 'ledger') }}
 ),
 
-dead_letters as (
-    select * from {{ source('ops', 'dead_letters') }}
+loads as (
+    select * from {{ ref('audit_loads') }}
 ),
 
-accounted as (
+amounts as (
+    select * from {{ ref('audit_reconciliation_amounts') }}
+),
+
+ledger_by_load as (
     select
         feed,
-        cast(sum(offered) as bigint) as offered,
-        cast(sum(landed) as bigint) as landed,
-        cast(sum(dead) as bigint) as dead,
-        cast(sum(tombstones) as bigint) as tombstones,
-        cast(sum(unchanged) as bigint) as unchanged,
-        cast(sum(lost) as bigint) as lost,
-        cast(sum(drifted) as bigint) as drifted
+        load_id,
+        min(loaded_at) as loaded_at,
+        {% for count in ledger_counts if count not in ('dead', 'replayed') -%}
+            sum({{ count }}) as {{ count }},
+        {% endfor -%}
+        sum(dead) filter (where kind <> 'replay') as dead,
+        -sum(dead) filter (where kind = 'replay') as replayed
     from ledger
-    group by feed
+    group by feed, load_id
 ),
 
-dead_rows as (
+counted_up_to as (
     select
         feed,
-        -- A replayed one is counted among the landed.
-        count(*) filter (where status <> 'replayed') as dead_letter_rows,
-        count(*) filter (where status = 'replayed') as replayed_rows
-    from dead_letters
+        max(load_id) as load_id
+    from loads
     group by feed
 ),
 
-staged as (
-    {%- for hop in hops %}
-        select
-            '{{ hop.source }}.{{ hop.table }}' as feed,
-            max(_last_load_id) as staged_load_id,
-            coalesce(cast(sum({{ hop.folded }}) as bigint), 0) as staged_rows
-        from {{ ref(hop.staging) }}
-        {%- if not loop.last %}
-            union all
-        {%- endif %}
-    {%- endfor %}
+-- A load on one side only stands here too. What a loader commits meanwhile lies above the last load counted.
+by_load as (
+    select
+        coalesce(loads.feed, ledger_by_load.feed) as feed,
+        {{ utc_date('coalesce(ledger_by_load.loaded_at, loads.loaded_at)') }} as loaded_date,
+        {% for count in ledger_counts -%}
+            coalesce(ledger_by_load.{{ count }}, 0) as {{ count }},
+        {% endfor -%}
+        {% for count in letter_counts -%}
+            coalesce(loads.{{ count }}, 0) as {{ count }},
+        {% endfor -%}
+        loads.raw_rows,
+        loads.staged_rows,
+        case when loads.is_waiting then loads.raw_rows else 0 end as waiting_rows,
+        coalesce(loads.feed, ledger_by_load.feed) in (
+            {% for feed in feeds -%}
+                '{{ feed }}'{% if not loop.last %}, {% endif %}
+            {%- endfor %}
+        ) as is_taken_in
+    from ledger_by_load
+    full outer join loads on ledger_by_load.feed = loads.feed and ledger_by_load.load_id = loads.load_id
+    left join counted_up_to on ledger_by_load.feed = counted_up_to.feed
+    where loads.feed is not null or ledger_by_load.load_id <= counted_up_to.load_id
 ),
 
--- What landed after staging was built is waiting, not missing.
-landed as (
-    {%- for hop in hops %}
-        select
-            '{{ hop.source }}.{{ hop.table }}' as feed,
-            count(raw._dlt_load_id) as raw_rows,
-            count(raw._dlt_load_id) filter (
-                where raw._dlt_load_id > coalesce(staged.staged_load_id, '')
-            ) as waiting_rows
-        from staged
-        left join {{ from_raw(hop.source, hop.table) }} as raw on true
-        where staged.feed = '{{ hop.source }}.{{ hop.table }}'
-        {%- if not loop.last %}
-            union all
-        {%- endif %}
-    {%- endfor %}
+-- Load by load, so that no surplus makes up for what is missing elsewhere.
+checked as (
+    select
+        *,
+        case when is_taken_in then greatest(landed + restored - coalesce(raw_rows, 0), 0) end as missing_rows,
+        (
+            offered + replayed = landed + dead + tombstones + unchanged
+            and dead = dead_letter_rows
+            and replayed = replayed_letter_rows
+            and (
+                not is_taken_in
+                or coalesce(raw_rows <= landed + restored and raw_rows = staged_rows + waiting_rows, false)
+            )
+        ) as adds_up
+    from by_load
 ),
 
-feeds as (
-    select feed from accounted
-    union
-    select feed from staged
+by_day as (
+    select
+        feed,
+        loaded_date,
+        {% for count in ledger_counts + letter_counts + row_counts -%}
+            cast(sum({{ count }}) as bigint) as {{ count }},
+        {% endfor -%}
+        bool_and(adds_up) as adds_up
+    from checked
+    group by feed, loaded_date
+),
+
+amounts_by_day as (
+    select
+        feed,
+        loaded_date,
+        cast(sum(raw_rows) as bigint) as raw_rows,
+        cast(sum(superseded_rows) as bigint) as superseded_rows,
+        cast(sum(standing_rows) as bigint) as standing_rows,
+        cast(sum(mart_rows) as bigint) as mart_rows,
+        bool_and(adds_up) as adds_up
+    from amounts
+    group by feed, loaded_date
 ),
 
 final as (
     select
-        feeds.feed,
-        coalesce(accounted.offered, 0) as offered,
-        coalesce(accounted.landed, 0) as landed,
-        coalesce(accounted.dead, 0) as dead,
-        coalesce(accounted.tombstones, 0) as tombstones,
-        coalesce(accounted.unchanged, 0) as unchanged,
-        coalesce(accounted.lost, 0) as lost,
-        coalesce(accounted.drifted, 0) as drifted,
-        coalesce(dead_rows.dead_letter_rows, 0) as dead_letter_rows,
-        coalesce(dead_rows.replayed_rows, 0) as replayed_rows,
-        landed.raw_rows,
-        landed.waiting_rows,
-        staged.staged_rows,
-        staged.staged_load_id
-    from feeds
-    left join accounted on feeds.feed = accounted.feed
-    left join dead_rows on feeds.feed = dead_rows.feed
-    left join landed on feeds.feed = landed.feed
-    left join staged on feeds.feed = staged.feed
+        coalesce(by_day.feed, amounts_by_day.feed) as feed,
+        coalesce(by_day.loaded_date, amounts_by_day.loaded_date) as loaded_date,
+
+        {% for count in ledger_counts + letter_counts -%}
+            coalesce(by_day.{{ count }}, 0) as {{ count }},
+        {% endfor -%}
+        {% for count in row_counts -%}
+            by_day.{{ count }},
+        {% endfor -%}
+        amounts_by_day.superseded_rows,
+        amounts_by_day.standing_rows,
+        amounts_by_day.mart_rows,
+
+        coalesce(
+            by_day.adds_up
+            -- A row that was gone and came back is missing on its first day and restored on a later one.
+            and (
+                by_day.missing_rows is null
+                or by_day.missing_rows = 0
+                or sum(by_day.missing_rows) over feed_days = sum(by_day.restored) over feed_days
+            )
+            and (
+                by_day.feed not in ('{{ money_feeds | join("', '") }}')
+                or (
+                    by_day.staged_rows = coalesce(amounts_by_day.raw_rows, 0)
+                    and coalesce(amounts_by_day.adds_up, true)
+                )
+            ),
+            false
+        ) as adds_up
+    from by_day
+    full outer join amounts_by_day
+        on by_day.feed = amounts_by_day.feed and by_day.loaded_date = amounts_by_day.loaded_date
+    window feed_days as (partition by by_day.feed)
 )
 
 select * from final

@@ -1,15 +1,18 @@
-"""Fixtures of the integration tests: topics of their own on the embedded broker, and what stands in the database."""
+"""Fixtures of the integration tests: topics of their own on the embedded broker, the test's database, and dbt."""
 
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import psycopg2.extensions
 import pytest
 from confluent_kafka import Producer
 
-from ingestion.feeds import FeedSpec, KafkaOrigin
+from ingestion.ddl import ensure_schema
+from ingestion.feeds import FeedSpec, KafkaOrigin, load_feeds
 from ingestion.settings import Settings
+from tests.harness.models import Dbt, RawLog
 
 Connection = psycopg2.extensions.connection
 
@@ -68,3 +71,16 @@ def query(connection: Connection) -> Callable[..., list[tuple]]:
             return cursor.fetchall() if cursor.description else []
 
     return ask
+
+
+@pytest.fixture
+def log(connection: Connection, clean_settings: Settings) -> RawLog:
+    """Writes loads into the raw tables of the test's database, past the loaders."""
+    ensure_schema(connection, load_feeds(clean_settings))
+    return RawLog(connection)
+
+
+@pytest.fixture
+def dbt(database_dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dbt:
+    """dbt in this process, against the test's database."""
+    return Dbt(database_dsn, tmp_path, monkeypatch)

@@ -1,337 +1,47 @@
 """The models on a real Postgres: incremental equals full refresh, money equals a second computation, checks can fail.
 
-`rows written straight into the raw tables -> dbt (in process) -> marts`, past the loaders, so that every order of
-arrival can be made: late, duplicate, out of order, corrected, and loads none of whose events stand. The expected
+`rows written straight into the raw tables -> dbt (in process) -> marts`, see tests/harness/models.py. The expected
 figures are computed here from the same events with exact fractions and nothing of the models.
 """
 
-import json
-import random
-import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import psycopg2
 import psycopg2.extensions
 import pytest
-from psycopg2.extras import execute_values
 
-from ingestion.ddl import ensure_schema
-from ingestion.feeds import load_feeds
-from ingestion.settings import Settings
+from tests.harness.models import (
+    EXPONENTS,
+    RATES,
+    SAMPLE_CURRENCIES,
+    TRANSACTIONS,
+    USER_EVENTS,
+    Dbt,
+    Payment,
+    Rate,
+    RawLog,
+    assert_same_rows,
+    days_from,
+    execute,
+    failed_tests,
+    failures,
+    land_sample,
+    make_payments,
+    make_user_events,
+    publish,
+    query,
+    uuid_of,
+)
 
-PROJECT = Path(__file__).parents[2]
-TRANSACTIONS = ("raw_payments", "transaction_created")
-USER_EVENTS = ("raw_users", "user_events")
-RATES = ("raw_fx", "daily_rates")
-
-EXPONENTS = {"USD": 2, "EUR": 2, "GBP": 2, "JPY": 0, "CAD": 2, "KWD": 3}
 MAX_RATE_AGE_DAYS = 7
 # KWD is refused at the door, and the models must be right about it all the same: these rules are the door's.
 DOOR_RULES = "source:*"
-
-
-@dataclass(frozen=True)
-class Payment:
-    """An event of a transaction, in the columns of its raw table."""
-
-    transaction_id: str
-    amount: Decimal
-    currency: str
-    user_id: str
-    merchant_id: str
-    country: str
-    created_at: datetime
-    status: str
-
-
-@dataclass(frozen=True)
-class UserEvent:
-    """A user event, in the columns of its raw table."""
-
-    event_id: str
-    event_type: str
-    user_id: str
-    email: str | None
-    full_name: str | None
-    phone: str | None
-    ip_address: str | None
-    country: str | None
-    occurred_at: datetime
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A published rate, in the columns of its raw table."""
-
-    rate_date: date
-    base_currency: str
-    quote_currency: str
-    rate: Decimal
-
-
-class RawLog:
-    """Writes loads as the loaders leave them: rows, an interval of the ledger, and the commit."""
-
-    def __init__(self, connection: psycopg2.extensions.connection) -> None:
-        self.connection = connection
-        self.loads = 0
-        self.offset = 0
-        self.landed: list[Payment] = []  # in the order the models must see them
-        self.rates: list[Rate] = []
-
-    def land(self, feed: tuple[str, str], rows: Sequence[Payment | UserEvent | Rate], *, commit: bool = True) -> str:
-        """One load of a feed; returns its id."""
-        self.loads += 1
-        load_id = f"{1_732_288_096 + self.loads}.{self.loads:05d}"
-        schema, table = feed
-        with self.connection, self.connection.cursor() as cursor:
-            cursor.execute(
-                f"insert into {schema}._streams (feed, kind, origin, name, incarnation) values (%s, 'test', '', '', '')"
-                " on conflict (feed, origin, name, incarnation) do update set kind = 'test' returning stream_id",
-                (".".join(feed),),
-            )
-            (stream_id,) = cursor.fetchone() or (None,)
-            stamped = [self._row(row, stream_id, load_id) for row in rows]
-            if stamped:
-                columns = ", ".join(stamped[0])
-                execute_values(
-                    cursor, f"insert into {schema}.{table} ({columns}) values %s", [tuple(r.values()) for r in stamped]
-                )
-            cursor.execute(
-                f"insert into {schema}._ledger values (%s, %s, 'api', 0, null, null, %s, %s, 1, %s, %s, 0, 0, 0, 0, 0,"
-                " 0, 0, 0, null, null, 'test', 1, now(), %s)",
-                (
-                    ".".join(feed),
-                    stream_id,
-                    datetime(2025, 1, 1, tzinfo=UTC),
-                    datetime(2025, 1, 2, tzinfo=UTC),
-                    len(rows),
-                    len(rows),
-                    load_id,
-                ),
-            )
-        self.landed += [row for row in rows if isinstance(row, Payment)]
-        self.rates += [row for row in rows if isinstance(row, Rate)]
-        if commit:
-            self.commit(feed, load_id)
-        return load_id
-
-    def commit(self, feed: tuple[str, str], load_id: str) -> None:
-        """Make a load true."""
-        with self.connection, self.connection.cursor() as cursor:
-            cursor.execute(
-                f"insert into {feed[0]}._dlt_loads values (%s, %s, 0, now(), 'test')",
-                (load_id, feed[1]),
-            )
-
-    def _row(self, row: Payment | UserEvent | Rate, stream_id: int, load_id: str) -> dict[str, Any]:
-        columns: dict[str, Any] = dict(zip(row.__dataclass_fields__, astuple(row), strict=True))
-        self.offset += 1
-        now = datetime(2025, 6, 1, tzinfo=UTC) + timedelta(seconds=self.offset)
-        columns |= {"_stream_id": stream_id, "_loaded_at": now, "_dlt_load_id": load_id}
-        if isinstance(row, Rate):
-            window = {"_api_window_from": now, "_api_window_to": now + timedelta(days=1), "_api_page": 1}
-            return columns | window | {"_api_item": self.offset, "_content_hash": str(self.offset)}
-        return columns | {
-            "_kafka_partition": self.offset % 3,
-            "_kafka_offset": self.offset,
-            "_kafka_timestamp": now,
-        }
-
-
-class Dbt:
-    """dbt in this process, against one database."""
-
-    def __init__(self, dsn: str, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        parts = psycopg2.extensions.parse_dsn(dsn)
-        self.scratch = scratch
-        self.monkeypatch = monkeypatch
-        profiles = scratch / "profiles"
-        profiles.mkdir()
-        shutil.copy(PROJECT / "profiles.yml.example", profiles / "profiles.yml")
-        for name, value in {
-            "WAREHOUSE_DB_HOST": parts.get("host", "127.0.0.1"),
-            "WAREHOUSE_DB_PORT": str(parts.get("port", 5432)),
-            "WAREHOUSE_DB_USER": parts["user"],
-            "WAREHOUSE_DB_PASSWORD": parts.get("password", "none"),
-            "WAREHOUSE_DB_NAME": parts["dbname"],
-            "DBT_PROFILES_DIR": str(profiles),
-            "DBT_PROJECT_DIR": str(PROJECT),
-        }.items():
-            monkeypatch.setenv(name, value)
-
-    def __call__(self, *args: str, schema: str = "analytics") -> tuple[bool, list[Any]]:
-        """Whether the command succeeded, and its results; `schema` prefixes all schemas (the default does not)."""
-        from dbt.cli.main import dbtRunner
-
-        self.monkeypatch.setenv("WAREHOUSE_SCHEMA", schema)
-        folders = ["--target-path", str(self.scratch / schema), "--log-path", str(self.scratch / "logs")]
-        outcome = dbtRunner().invoke([*args, *folders, "--quiet", "--no-use-colors", "--no-version-check"])
-        if outcome.exception is not None:
-            raise outcome.exception
-        return outcome.success, list(getattr(outcome.result, "results", []))
-
-    def run(self, *args: str, schema: str = "analytics") -> None:
-        succeeded, results = self("run", *args, schema=schema)
-        assert succeeded, failures(results)
-
-    def described(self) -> dict[tuple[str, str], list[str]]:
-        """(schema, table) of every model, in plain schemas -> the columns its YAML lists."""
-        manifest = json.loads((self.scratch / "analytics" / "manifest.json").read_text(encoding="utf-8"))
-        return {
-            (node["schema"], node["alias"]): list(node["columns"])
-            for node in manifest["nodes"].values()
-            if node["resource_type"] == "model"
-        }
-
-    def relations(self) -> list[tuple[str, str]]:
-        """(schema, table) of every model, in plain schemas."""
-        return sorted(self.described())
-
-
-def failures(results: Sequence[Any]) -> list[str]:
-    """Names of what did not succeed, with the message."""
-    return [
-        f"{result.node.name}: {result.message}"
-        for result in results
-        if str(result.status) not in ("success", "pass", "no-op")
-    ]
-
-
-def failed_tests(results: Sequence[Any]) -> set[str]:
-    return {result.node.name for result in results if str(result.status) == "fail"}
-
-
-@pytest.fixture
-def connection(database_dsn: str, clean_settings: Settings) -> Iterator[psycopg2.extensions.connection]:
-    """A connection to a fresh database with the raw tables made."""
-    opened = psycopg2.connect(database_dsn, options="-c timezone=UTC")
-    ensure_schema(opened, load_feeds(clean_settings))
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def log(connection: psycopg2.extensions.connection) -> RawLog:
-    return RawLog(connection)
-
-
-@pytest.fixture
-def dbt(database_dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dbt:
-    return Dbt(database_dsn, tmp_path, monkeypatch)
-
-
-def query(connection: psycopg2.extensions.connection, sql: str) -> list[tuple[Any, ...]]:
-    with connection, connection.cursor() as cursor:
-        cursor.execute(sql)
-        return cursor.fetchall()
-
-
-def execute(connection: psycopg2.extensions.connection, sql: str) -> None:
-    with connection, connection.cursor() as cursor:
-        cursor.execute(sql)
-
-
-def assert_same_rows(dsn: str, relations: Sequence[tuple[str, str]], prefix: str) -> None:
-    """Every relation holds, row for row and column for column, what its twin in the prefixed schema holds."""
-    connection = psycopg2.connect(dsn, options="-c timezone=UTC")
-    try:
-        for schema, table in relations:
-            one, other = f"{schema}.{table}", f"{prefix}_{schema}.{table}"
-            for here, there in ((one, other), (other, one)):
-                extra = query(connection, f"select * from {here} except all select * from {there}")
-                assert extra == [], f"{len(extra)} rows of {here} are not in {there}, first: {extra[0]}"
-    finally:
-        connection.close()
-
-
-def uuid_of(number: int) -> str:
-    return f"00000000-0000-4000-8000-{number:012d}"
-
-
-def make_payments(seed: int, transactions: int, currencies: Sequence[str]) -> list[list[list[Payment]]]:
-    """Three rounds of two loads each: status changes across days, redeliveries, events in any order of arrival."""
-    chance = random.Random(seed)
-    rounds: list[list[list[Payment]]] = [[[], []] for _ in range(3)]
-    start = datetime(2025, 3, 1, 22, tzinfo=UTC)
-    for number in range(transactions):
-        currency = chance.choice(currencies)
-        amount = Decimal(chance.randrange(0, 2_000_000)).scaleb(-EXPONENTS[currency])
-        first = Payment(
-            transaction_id=uuid_of(number),
-            amount=amount,
-            currency=currency,
-            user_id=f"usr_{chance.randrange(30):06d}",
-            merchant_id=f"mer_{chance.randrange(12):05d}",
-            country=chance.choice(["DE", "US", "NA", "JP"]),
-            created_at=start + timedelta(minutes=chance.randrange(28 * 24 * 60)),
-            status="pending",
-        )
-        events = [first]
-        for _ in range(chance.randrange(3)):
-            later = events[-1].created_at + timedelta(minutes=chance.choice([0, 1, 90, 3000]))
-            changed = replace(events[-1], created_at=later, status=chance.choice(["completed", "completed", "failed"]))
-            if chance.random() < 0.1:
-                changed = replace(changed, amount=amount * 2, country="FR")
-            events.append(changed)
-        if chance.random() < 0.3:
-            events.append(chance.choice(events))
-        for event in events:
-            chance.choice(chance.choice(rounds)).append(event)
-    for loads in rounds:
-        for load in loads:
-            chance.shuffle(load)
-    return rounds
-
-
-def make_user_events(seed: int, events: int) -> list[list[UserEvent]]:
-    """Three rounds with redeliveries, one of which names another user than before."""
-    chance = random.Random(seed)
-    rounds: list[list[UserEvent]] = [[], [], []]
-    start = datetime(2025, 2, 1, tzinfo=UTC)
-    for number in range(events):
-        user = chance.randrange(40)
-        event = UserEvent(
-            event_id=uuid_of(number),
-            event_type=chance.choice(["signed_up", "profile_updated", "signed_in", "closed"]),
-            user_id=f"usr_{user:06d}",
-            email=chance.choice([None, f"user{user}.{number}@example.com"]),
-            full_name=chance.choice([None, f"Name {number}"]),
-            phone=None,
-            ip_address=f"192.0.2.{number % 250}",
-            country=chance.choice([None, "DE", "NA"]),
-            occurred_at=start + timedelta(minutes=chance.randrange(40 * 24 * 60)),
-        )
-        chance.choice(rounds).append(event)
-        if chance.random() < 0.2:
-            chance.choice(rounds).append(event)
-    moved = UserEvent(uuid_of(90_001), "signed_up", "usr_000900", None, None, None, None, "DE", start)
-    rounds[0].append(moved)
-    rounds[1].append(replace(moved, user_id="usr_000901"))
-    return rounds
-
-
-def publish(days: Sequence[date], seed: int, without: Sequence[date] = ()) -> list[Rate]:
-    """A rate for every currency and business day."""
-    chance = random.Random(seed)
-    middle = {"EUR": 9613, "GBP": 7812, "JPY": 1_501_234, "CAD": 13812, "KWD": 3067}
-    return [
-        Rate(day, "USD", currency, Decimal(price + chance.randrange(-200, 200)).scaleb(-4))
-        for day in days
-        if day.weekday() < 5 and day not in without
-        for currency, price in middle.items()
-    ]
-
-
-def days_from(first: date, count: int) -> list[date]:
-    return [first + timedelta(days=number) for number in range(count)]
 
 
 def latest_states(landed: Sequence[Payment]) -> dict[str, Payment]:
@@ -454,19 +164,6 @@ def test_incremental_equals_full_refresh(
             succeeded, results = dbt(command, "--vars", f"reporting_currency: {reporting}", schema=prefix)
             assert succeeded, failures(results)
         assert reported_revenue(connection, f"{prefix}_marts") == expected_revenue(log, reporting)
-
-
-SAMPLE_CURRENCIES = ["USD", "EUR", "GBP", "JPY", "CAD"]
-
-
-def land_sample(log: RawLog) -> None:
-    """A load or two of every feed, within the rules of the door."""
-    for loads in make_payments(seed=11, transactions=120, currencies=SAMPLE_CURRENCIES):
-        for load in loads:
-            log.land(TRANSACTIONS, load)
-    for events in make_user_events(seed=12, events=60):
-        log.land(USER_EVENTS, events)
-    log.land(RATES, publish(days_from(date(2025, 2, 24), 30), seed=13))
 
 
 def row_versions(

@@ -274,7 +274,7 @@ BROKEN: dict[str, tuple[Record, str, str]] = {
     "date off the calendar": (order(32, due_on="2026-02-29"), "invalid_timestamp", "$.due_on"),
     "date with a time": (order(33, due_on="2026-03-01T00:00:00Z"), "invalid_timestamp", "$.due_on"),
     "time without zone": (order(34, ordered_at="2026-03-01T00:00:00"), "invalid_timestamp", "$.ordered_at"),
-    "jsonb with NUL": (order(35, details={"a": "\0"}), "invalid_text", "$.details.a"),
+    "jsonb with NUL": (order(35, details={"a": "\0"}), "invalid_text", "$.details.*"),
     "range, low": (order(36, quantity=0), "out_of_range", "$.quantity"),
     "range, high": (order(37, quantity=101), "out_of_range", "$.quantity"),
     "range of a numeric": (order(38, total=Token("-0.01")), "out_of_range", "$.total"),
@@ -533,7 +533,8 @@ def test_the_status_shows_the_new_feeds_and_a_second_run_lands_nothing(
     project, settings = shop
     again = run_warehouse(project, "ingest", "-q", "--json", ORDERS, "refunds", **settings)
     assert [(one["landed"], one["dead"], one["loads"]) for one in json.loads(again.stdout)] == [(0, 0, [])] * 2
-    status = {one["feed"]: one for one in json.loads(run_warehouse(project, "status", "--json", **settings).stdout)}
+    told = json.loads(run_warehouse(project, "status", "--json", **settings).stdout)
+    status = {one["feed"]: one for one in told["feeds"]}
     for feed, one in landed.items():
         assert {name: status[feed][name] for name in ("landed", "dead")} == {
             name: one[name] for name in ("landed", "dead")

@@ -201,7 +201,7 @@ def reads_sources_in_staging_only(manifest: Manifest) -> Iterator[str]:
 
 
 def takes_in_every_feed(manifest: Manifest) -> Iterator[str]:
-    """Each feed has a staging model and stands in the reconciliation."""
+    """Each feed has a staging model and stands in the reconciliation, with its amounts where it has any."""
     for feed in feeds(manifest):
         readers = {
             (layer(node), node["name"]) for node in models(manifest) if feed["unique_id"] in node["depends_on"]["nodes"]
@@ -209,8 +209,15 @@ def takes_in_every_feed(manifest: Manifest) -> Iterator[str]:
         name = f"{feed['source_name']}.{feed['name']}"
         if not any(reader == "staging" for reader, _ in readers):
             yield f"{name}: no staging model"
-        if ("audit", "audit_reconciliation") not in readers:
-            yield f"{name}: not in audit_reconciliation"
+        if ("audit", "audit_loads") not in readers:
+            yield f"{name}: not in macros/reconciled_feeds.sql"
+        has_money = any(
+            (test.get("test_metadata") or {}).get("name") == "exact_in_currency"
+            and feed["unique_id"] in test["depends_on"]["nodes"]
+            for test in nodes(manifest, "test")
+        )
+        if has_money and ("audit", "audit_amounts") not in readers:
+            yield f"{name}: its amounts are not in macros/reconciled_feeds.sql"
 
 
 def names_tests_by_what_they_check(manifest: Manifest) -> Iterator[str]:
@@ -225,6 +232,21 @@ def names_tests_by_what_they_check(manifest: Manifest) -> Iterator[str]:
     for test in manifest["unit_tests"].values():
         if not test["name"].startswith(f"test_{test['model']}__"):
             yield f"{test['name']}: not named after {test['model']}"
+
+
+def names_its_day(manifest: Manifest) -> Iterator[str]:
+    """A model made of a feed says which column is the day of a row, or null: `warehouse replay --with-models`."""
+    fed = {feed["unique_id"] for feed in feeds(manifest)}
+    for _ in range(len(manifest["nodes"])):
+        children = {node["unique_id"] for node in models(manifest) if fed & set(node["depends_on"]["nodes"])}
+        if children <= fed:
+            break
+        fed |= children
+    for node in models(manifest, "staging", "intermediate", "marts"):
+        if node["unique_id"] in fed:
+            day = node["config"]["meta"].get("day_column", "not said")
+            if day is not None and day not in node["columns"]:
+                yield f"{node['name']}: day_column is {day}"
 
 
 def conserves_at_every_hop(manifest: Manifest) -> Iterator[str]:
@@ -339,6 +361,7 @@ RULES: dict[Rule, Callable[[Manifest], None]] = {
     reads_sources_in_staging_only: break_reader,
     takes_in_every_feed: break_feed,
     names_tests_by_what_they_check: break_test_name,
+    names_its_day: set_in(REVENUE, "config", "meta", {}),
     conserves_at_every_hop: lambda manifest: drop_tests(manifest, f"{REVENUE}__"),
     fails_rather_than_warns: break_severity,
     deduplicates_with_the_macro: set_in(REVENUE, "raw_code", "select row_number() over (order by a)"),
@@ -359,6 +382,13 @@ def test_the_rule_finds_what_breaks_it(manifest: Manifest, rule: Rule, broken: C
     changed = copy.deepcopy(manifest)
     broken(changed)
     assert list(rule(changed)) != []
+
+
+def test_the_rule_finds_amounts_nobody_reconciles(manifest: Manifest) -> None:
+    changed = copy.deepcopy(manifest)
+    a_model(changed, "audit_amounts")["depends_on"]["nodes"] = []
+    (found,) = takes_in_every_feed(changed)
+    assert found.startswith("raw_payments.transaction_created: its amounts")
 
 
 def test_parsing_meets_nothing_deprecated(parsed: Parsed) -> None:
