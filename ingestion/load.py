@@ -138,11 +138,17 @@ def load_package(settings: Settings, connection: Connection, package: Package) -
         if pipeline is not None:
             # Its files hold records, which are not to lie about until the next run.
             with contextlib.suppress(Exception):
-                pipeline.drop()
+                _drop(pipeline)
         raise classify_load_error(error, feed) from error
     finally:
         package.discard()
-    metrics: Any = done.metrics[package.load_id]
+    metrics: Any = done.metrics.get(package.load_id) if done else None
+    if metrics is None:
+        # Another runner took over on the same disk, and cleared away what this one had begun.
+        raise TransientError(
+            f"{feed.name}: the load was interrupted: its files in {settings.home} are gone.",
+            hint="Nothing of it is true; the next run reads again from the last commit.",
+        )
     jobs = [job for step in metrics for job in step["job_metrics"].values()]
     return float(sum((job.finished_at - job.started_at).total_seconds() for job in jobs))
 
@@ -193,8 +199,19 @@ def open_pipeline(settings: Settings, connection: Connection, feed: FeedSpec) ->
         dataset_name=feed.source,
     )
     if pipeline.has_pending_data:
-        pipeline.drop()
+        _drop(pipeline)
     return pipeline
+
+
+def _drop(pipeline: dlt.Pipeline) -> None:
+    """Drop a pipeline with its working folder, which goes as a whole: of half a one dlt makes no use, run after run."""
+    folder = Path(pipeline.working_dir)
+    dropped = folder.with_name(f"{folder.name}.dropped")
+    shutil.rmtree(dropped, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(dropped)
+    shutil.rmtree(dropped, ignore_errors=True)
+    pipeline.drop()
 
 
 def _pipelines_dir(settings: Settings) -> Path:

@@ -132,7 +132,7 @@ class Replay:
 class Coming:
     """The rows a dry run would land, for whoever wants to know what would come of them.
 
-    `file`: lines for COPY of the columns of `ddl.raw_columns`, in a file without a name, closed with `close`. `restored`:
+    `file`: lines for COPY of the columns of `ddl.raw_columns`, in a file without a name; `close` closes it. `restored`:
     some of them had landed before.
     """
 

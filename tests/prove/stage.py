@@ -5,20 +5,18 @@ A site is a fresh database, a fresh topic with a tallying producer, and the load
 """
 
 import json
+import multiprocessing
 import os
-import queue
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -31,27 +29,27 @@ from confluent_kafka.admin import OffsetSpec
 from ingestion import ledger
 from ingestion.database import connect
 from ingestion.ddl import ensure_schema
-from ingestion.settings import Settings, load_settings
 from orchestration.services.postgres import EmbeddedPostgres
 from orchestration.services.postgres_place import choose_place, system_account
 from orchestration.services.state import Paths
 from tests.harness.apache_kafka import ApacheKafka
-from tests.prove.loader import PROJECT, feed_from
+from tests.prove.loader import Orders, run
 from tests.prove.tally import Tally, TallyingProducer
-from tests.prove.verify import Verdict, compare
+from tests.prove.verify import Comparison, Verdict
 
-PAYMENTS = "raw_payments.transaction_created"
 PARTITIONS = 6
-FOREIGN = ("WAREHOUSE_", "KAFKA_", "FX_API_", "PROVE_", "PG")
+# Sessions that are not the suite's own.
+OTHERS = "datname = current_database() and application_name <> 'prove'"
 # No scenario waits longer for one thing; a wait that ends here is a finding, not a hang.
 PATIENCE_S = 90.0
+TRIES = 40
 
 
 class StuckError(RuntimeError):
     """Something that must happen did not happen in time."""
 
 
-def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = PATIENCE_S, every_s: float = 0.002) -> Any:
+def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = PATIENCE_S, every_s: float = 0.01) -> Any:
     """The condition's first true value."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -63,103 +61,52 @@ def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = PATIE
         time.sleep(every_s)
 
 
-class Loaders:
-    """Client of the fork server (`tests.prove.loader --serve`)."""
-
-    def __init__(self, folder: Path) -> None:
-        env = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
-        env |= {"DLT_DATA_DIR": str(folder / "dlt"), "WAREHOUSE_PROJECT_DIR": str(PROJECT)}
-        self.folder = folder
-        self._log = (folder / "loaders.log").open("ab")
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.prove.loader", "--serve"],
-            cwd=PROJECT,
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-        )
-        self._started: queue.Queue[int] = queue.Queue()
-        self._ended: dict[int, int] = {}
-        self._count = 0
-        threading.Thread(target=self._listen, daemon=True).start()
-        if self._started.get(timeout=60) != self._server.pid:
-            raise StuckError("the fork server did not start")
-
-    def _listen(self) -> None:
-        assert self._server.stdout is not None
-        for line in self._server.stdout:
-            said = json.loads(line)
-            if "ended" in said:
-                self._ended[said["ended"]] = said["code"]
-            else:
-                self._started.put(said.get("started") or said["ready"])
-
-    def _tell(self, order: dict[str, Any]) -> None:
-        assert self._server.stdin is not None
-        self._server.stdin.write(json.dumps(order) + "\n")
-        self._server.stdin.flush()
-
-    def start(self, env: dict[str, str]) -> "Loader":
-        self._count += 1
-        result = self.folder / f"result-{self._count}.json"
-        log = self.folder / "loaders.log"
-        self._tell({"env": {**env, "PROVE_RESULT": str(result), "PROVE_LOG": str(log)}})
-        pid = self._started.get(timeout=30)
-        self._ended.pop(pid, None)
-        return Loader(self, pid, result)
-
-    def signal(self, pid: int, number: int) -> None:
-        self._tell({"signal": number, "pid": pid})
-
-    def code(self, pid: int) -> int | None:
-        return self._ended.get(pid)
-
-    def close(self) -> None:
-        assert self._server.stdin is not None
-        self._server.stdin.close()
-        with suppress(subprocess.TimeoutExpired):
-            self._server.wait(10)
-        if self._server.poll() is None:
-            self._server.kill()
-            self._server.wait(10)
-        self._log.close()
-
-
 @dataclass
 class Loader:
     """One run of the loader."""
 
-    loaders: Loaders
-    pid: int
+    process: ForkServerProcess
     result_path: Path
     started: float = field(default_factory=time.monotonic)
 
     @property
-    def code(self) -> int | None:
-        return self.loaders.code(self.pid)
+    def is_alive(self) -> bool:
+        return self.process.is_alive()
 
     @property
-    def is_alive(self) -> bool:
-        return self.code is None
+    def code(self) -> int | None:
+        return self.process.exitcode
 
     def wait(self, timeout_s: float = PATIENCE_S) -> int:
         """The exit code."""
-        wait_until(lambda: not self.is_alive, f"loader {self.pid} to end", timeout_s)
-        assert self.code is not None
+        self.process.join(timeout_s)
+        if self.code is None:
+            raise StuckError(f"loader {self.process.pid} did not end within {timeout_s:.0f} s")
         return self.code
+
+    def pause(self, seconds: float) -> None:
+        """Until that instant of its life, or its own end."""
+        self.process.join(seconds)
+
+    @property
+    def seconds(self) -> float:
+        """Its age; asked as soon as it ended, how long it ran."""
+        return time.monotonic() - self.started
 
     def kill(self) -> bool:
         """kill -9; whether it was still running."""
-        self.loaders.signal(self.pid, signal.SIGKILL)
+        self.process.kill()
         return self.wait() < 0
 
     def freeze(self) -> None:
-        self.loaders.signal(self.pid, signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        self.loaders.signal(self.pid, signal.SIGCONT)
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.is_alive and self.process.pid:
+            os.kill(self.process.pid, number)
 
     @property
     def result(self) -> dict[str, Any]:
@@ -173,6 +120,10 @@ class Loader:
     @property
     def error_class(self) -> str:
         return str(self.result.get("error_class", ""))
+
+    @property
+    def message(self) -> str:
+        return str(self.result.get("message", ""))
 
 
 class Database:
@@ -202,18 +153,20 @@ class Database:
 
 
 class Site:
-    """One scenario's database, topic, tally and loaders. Counts what happened for the report."""
+    """One scenario's database, topic, tally and loaders."""
 
     def __init__(self, stage: "Stage", name: str, database: Database, topic: str, records_per_load: int) -> None:
         self.stage = stage
         self.name = name
         self.database = database
         self.topic = topic
-        self.records_per_load = records_per_load
         self.home = stage.folder / "homes" / topic
+        self.orders = Orders(database.dsn, stage.kafka.bootstrap, self.home, topic, records_per_load)
         self.tallies = [Tally()]
         self.ends: list[dict[int, int]] = []
+        self.loaders: list[Loader] = []
         self._producer: TallyingProducer | None = None
+        self._comparison = Comparison(self.query)
 
     @property
     def query(self) -> Callable[..., list[tuple[Any, ...]]]:
@@ -230,7 +183,12 @@ class Site:
         return self._producer
 
     def send(self, records: int) -> None:
+        """Offer that many more records, and wait until the broker counts all of them as committed."""
         self.producer.send(records)
+        wait_until(
+            lambda: self._offsets(OffsetSpec.latest(), IsolationLevel.READ_COMMITTED) == self.log_ends(),
+            "the last transaction's markers",
+        )
 
     def recreate_topic(self) -> None:
         """The topic anew under its old name; a tally anew for it."""
@@ -240,29 +198,13 @@ class Site:
         self.tallies.append(Tally())
         self._producer = None
 
-    def env(self, **changes: str) -> dict[str, str]:
-        return {
-            "WAREHOUSE_DSN": self.database.dsn,
-            "KAFKA_BOOTSTRAP_SERVERS": self.stage.kafka.bootstrap,
-            "FX_API_BASE": "http://127.0.0.1:9",
-            "WAREHOUSE_HOME": str(self.home),
-            "WAREHOUSE_RETRY_SECONDS": "0",
-            "WAREHOUSE_EMBEDDED": "",
-            "KAFKA_CLUSTER_INCARNATION": "",
-            "PROVE_FEED": PAYMENTS,
-            "PROVE_TOPIC": self.topic,
-            "PROVE_RECORDS_PER_LOAD": str(self.records_per_load),
-            **changes,
-        }
+    def start(self, **changes: Any) -> Loader:
+        """A loader with these changes of its orders."""
+        self.loaders = [loader for loader in self.loaders if loader.is_alive]
+        self.loaders.append(self.stage.start(replace(self.orders, **changes)))
+        return self.loaders[-1]
 
-    def settings(self) -> Settings:
-        settings = load_settings(PROJECT)
-        return replace(settings, home=self.home, env={**self.env()})
-
-    def start(self, **changes: str) -> Loader:
-        return self.stage.loaders.start(self.env(**changes))
-
-    def run(self, **changes: str) -> Loader:
+    def run(self, **changes: Any) -> Loader:
         """A run to its end."""
         loader = self.start(**changes)
         loader.wait()
@@ -270,39 +212,45 @@ class Site:
 
     def prepare(self) -> None:
         """Every table in place, so that triggers can be put on them."""
-        connection = connect(self.settings())
-        ensure_schema(connection, [feed_from(self.env())])
+        connection = connect(self.orders.settings)
+        ensure_schema(connection, [self.orders.spec])
         connection.close()
 
     def accept_losses(self, reason: str) -> list[str]:
-        connection = connect(self.settings())
+        connection = connect(self.orders.settings)
         try:
-            return ledger.accept_losses(connection, feed_from(self.env()), reason)
+            return ledger.accept_losses(connection, self.orders.spec, reason)
         finally:
             connection.close()
+
+    def elsewhere(self, name: object = "another") -> Path:
+        """The local disk of another machine."""
+        return self.home.with_name(f"{self.topic}-of-{name}")
 
     def wipe(self) -> None:
         """The loader's machine burnt down: its local disk is empty."""
         shutil.rmtree(self.home, ignore_errors=True)
 
-    def settle(self, verdict: Verdict, tries: int = 40, **changes: str) -> int:
-        """Run until there is nothing more to land or to sweep; the number of runs. Failures become problems."""
+    def settle(self, verdict: Verdict, *, until_idle: bool = True, **changes: Any) -> int:
+        """Run until a run succeeds, or (`until_idle`) until one finds nothing to land or to sweep; the number of runs.
+
+        Transient failures are tried again; others become problems.
+        """
         odd: Counter[str] = Counter()
-        for run in range(1, tries + 1):
+        for count in range(1, TRIES + 1):
             loader = self.run(**changes)
-            result = loader.result
-            if loader.code == 0 and not result["swept"] and not result["loads"]:
-                return run
             if loader.code == 0:
+                if not until_idle or not (loader.result["swept"] or loader.result["loads"]):
+                    return count
                 continue
             if loader.error_class not in ("transient", "busy"):
-                odd[f"{loader.error_class}: {result.get('message', 'killed by a stranger?')}"] += 1
+                odd[f"{loader.error_class}: {loader.message or 'killed by a stranger?'}"] += 1
                 if odd.total() >= 5:
                     break
             time.sleep(0.05)
-        for text in odd or [f"not done after {tries} runs: {result.get('error_class')} {result.get('message')}"]:
+        for text in odd or [f"not done after {TRIES} runs: {loader.error_class} {loader.message}"]:
             verdict.note(f"the loader does not get on: {text}")
-        return run
+        return count
 
     def log_ends(self) -> dict[int, int]:
         """Partition -> end of the log, asked from the broker."""
@@ -311,7 +259,7 @@ class Site:
     def log_starts(self) -> dict[int, int]:
         return self._offsets(OffsetSpec.earliest())
 
-    def _offsets(self, spec: OffsetSpec) -> dict[int, int]:
+    def _offsets(self, spec: OffsetSpec, isolation: IsolationLevel = IsolationLevel.READ_UNCOMMITTED) -> dict[int, int]:
         found: dict[int, int] = {}
 
         def ask() -> bool:
@@ -319,7 +267,7 @@ class Site:
             partitions = admin.list_topics(self.topic, timeout=15).topics[self.topic].partitions
             futures = admin.list_offsets(
                 {TopicPartition(self.topic, partition): spec for partition in partitions},
-                isolation_level=IsolationLevel.READ_UNCOMMITTED,
+                isolation_level=isolation,
                 request_timeout=15,
             )
             # A partition that was just made, or a broker that just came back, has no leader for a moment.
@@ -327,7 +275,7 @@ class Site:
                 found.update({place.partition: future.result().offset for place, future in futures.items()})
             return len(found) == len(partitions)
 
-        wait_until(ask, f"the offsets of {self.topic}", every_s=0.1)
+        wait_until(ask, f"the offsets of {self.topic}", every_s=0.05)
         return found
 
     def read_log(self) -> dict[int, set[int]]:
@@ -353,8 +301,14 @@ class Site:
         consumer.close()
         return found
 
-    def compare(self, **options: bool) -> Verdict:
-        return compare(self.query, self.tallies, [*self.ends, self.log_ends()], **options)
+    def compare(self, *, committed_only: bool = True, leftovers: bool = True) -> Verdict:
+        """The whole of the site."""
+        comparison = Comparison(self.query, committed_only=committed_only)
+        return comparison.verdict(self.tallies, [*self.ends, self.log_ends()], leftovers=leftovers)
+
+    def compare_new(self) -> Verdict:
+        """What was committed since it was last asked; of the rest that it is still complete."""
+        return self._comparison.verdict(self.tallies, [*self.ends, self.log_ends()])
 
 
 class Stage:
@@ -365,7 +319,16 @@ class Stage:
         self.seed = seed
         self.kafka = kafka
         self.postgres = postgres
-        self.loaders = Loaders(folder)
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["tests.prove.preload"])
+        self._started = 0
+
+    def start(self, orders: Orders) -> Loader:
+        self._started += 1
+        result = self.folder / f"result-{self._started}.json"
+        process = self._context.Process(target=run, args=(orders, result, self.folder / "loaders.log"), daemon=True)
+        process.start()
+        return Loader(process, result)
 
     def postgres_stop_immediately(self) -> None:
         """As a power cut would: no checkpoint, every session dead, recovery from the log at the next start."""
@@ -373,30 +336,35 @@ class Stage:
         wait_until(lambda: not self.postgres.is_alive, "Postgres to stop")
 
     @contextmanager
-    def site(self, name: str, *, records_per_load: int = 100, partitions: int = PARTITIONS) -> Iterator[Site]:
+    def site(self, name: str, *, records_per_load: int = 100) -> Iterator[Site]:
         """A fresh database, topic and home; all gone afterwards."""
         topic = f"{name}_{uuid.uuid4().hex[:6]}"
-        admin = psycopg2.connect(self.postgres.dsn)
-        admin.autocommit = True
-        with admin.cursor() as cursor:
-            cursor.execute(f'create database "{topic}"')
-        admin.close()
-        self.kafka.create_topic(topic, partitions, {"retention.ms": "-1"})
+        server = Database(self.postgres.dsn)
+        server.query(f"create database {topic}")
+        self.kafka.create_topic(topic, PARTITIONS, {"retention.ms": "-1"})
         database = Database(f"{self.postgres.dsn.rpartition('/')[0]}/{topic}")
         site = Site(self, name, database, topic, records_per_load)
         try:
             yield site
         finally:
+            for loader in site.loaders:
+                loader.process.kill()
             database.close()
-            site.wipe()
             with suppress(psycopg2.Error):
-                admin = psycopg2.connect(self.postgres.dsn)
-                admin.autocommit = True
-                with admin.cursor() as cursor:
-                    cursor.execute(f'drop database "{topic}" with (force)')
-                admin.close()
+                server.query(f"drop database {topic} with (force)")
+            server.close()
             with suppress(Exception):
                 self.kafka.delete_topic(topic)
+
+
+def _kafka_config(folder: Path) -> dict[str, str]:
+    """Two disks, one of which can be lost while the broker runs, and servants that do not sleep for minutes."""
+    return {
+        "log.dirs": f"{folder / 'data'},{folder / 'disk'}",
+        "log.retention.check.interval.ms": "500",
+        "log.cleaner.backoff.ms": "500",
+        "replica.high.watermark.checkpoint.interval.ms": "500",
+    }
 
 
 @contextmanager
@@ -410,16 +378,17 @@ def opened(seed: int) -> Iterator[Stage]:
         paths = Paths(home)
         paths.make()
         postgres = EmbeddedPostgres(paths)
-        kafka = ApacheKafka(config={"log.retention.check.interval.ms": "500", "log.cleaner.backoff.ms": "500"})
-        stage = None
+        kafka = ApacheKafka(folder / "kafka", config=_kafka_config(folder / "kafka"))
         try:
             postgres.start()
+            # Processes die here, machines do not: what the kernel was given is not lost, and a restart costs no sync.
+            server = Database(postgres.dsn)
+            server.query("alter system set fsync = off")
+            server.query("select pg_reload_conf()")
+            server.close()
             kafka.start()
-            stage = Stage(folder, seed, kafka, postgres)
-            yield stage
+            yield Stage(folder, seed, kafka, postgres)
         finally:
-            if stage is not None:
-                stage.loaders.close()
             kafka.close()
             postgres.stop()
             account = system_account() if os.geteuid() == 0 else None

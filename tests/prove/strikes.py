@@ -6,16 +6,14 @@ is already at work. The statement of the dead loader then ends as the server see
 rolled back, an INSERT that was sent commits.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import psycopg2
 
-from tests.prove.stage import Database, Loader, StuckError
+from tests.prove.stage import OTHERS, Database, Loader, wait_until
 
 LOCK_SPACE = 7777
-TABLES = ("transaction_created", "_dead_letters", "_ledger", "_dlt_loads", "_loads_begun", "_writers", "_streams")
 
 _SET_UP = """
 create schema prove;
@@ -62,7 +60,9 @@ SWEEP_BOUNDARIES = tuple(
     for moment in ("BEFORE", "AFTER")
 )
 BEFORE_COMMIT = Boundary("_dlt_loads", "INSERT", "BEFORE")
+AFTER_NOTE = Boundary("_loads_begun", "INSERT", "AFTER")
 BEFORE_ROWS = Boundary("transaction_created", "INSERT", "BEFORE")
+BEFORE_LEDGER = Boundary("_ledger", "INSERT", "BEFORE")
 
 
 class Strikes:
@@ -74,14 +74,13 @@ class Strikes:
         self._lock.autocommit = True
         self._id = 0
         database.query(_SET_UP)
-        for table in TABLES:
-            for op in ("INSERT", "UPDATE", "DELETE"):
-                for moment in ("BEFORE", "AFTER"):
-                    # The name sorts before the product's triggers; statement triggers stand around them anyway.
-                    database.query(
-                        f"create trigger a_prove_{op}_{moment} {moment} {op} on raw_payments.{table} "
-                        "for each statement execute function prove.strike()"
-                    )
+        for boundary in (*COMMIT_BOUNDARIES, *SWEEP_BOUNDARIES):
+            if boundary.moment != "COMMITTED":
+                # The name sorts before the product's triggers; statement triggers stand around them anyway.
+                database.query(
+                    f"create trigger a_prove_{boundary.op}_{boundary.moment} {boundary.moment} {boundary.op} "
+                    f"on raw_payments.{boundary.table} for each statement execute function prove.strike()"
+                )
 
     def _tell(self, statement: str, *values: object) -> list[tuple[object, ...]]:
         with self._lock.cursor() as cursor:
@@ -90,22 +89,17 @@ class Strikes:
 
     def arm(self, boundary: Boundary, skip: int = 0) -> Callable[[], bool]:
         """Set the trap for the next loader; what is returned says whether a loader is in it. `skip`: so many pass."""
-        self._id += 1
         if boundary.moment == "COMMITTED":
-            if boundary.op != "INSERT":
-                raise ValueError(boundary)
-            count = f"select count(*) from raw_payments.{boundary.table}"
-            begun = self._database.query(count)[0][0]
-            return lambda: self._database.query(count)[0][0] > begun
-        self._tell("select pg_advisory_lock(%s, %s)", LOCK_SPACE, self._id)
-        self._tell("select setval('prove.hits', 1, false)")
+            # Not their number: a run also clears away the notes of loads that committed.
+            name = "load_id" if boundary.table in ("_loads_begun", "_dlt_loads") else "_dlt_load_id"
+            newest = f"select coalesce(max({name}), '') from raw_payments.{boundary.table}"
+            begun = self._database.query(newest)
+            return lambda: self._database.query(newest) > begun
+        self._id += 1
+        self._tell("select pg_advisory_lock(%s, %s), setval('prove.hits', 1, false)", LOCK_SPACE, self._id)
         self._tell(
             "insert into prove.strike values (%s, %s, %s, %s, %s)",
-            self._id,
-            boundary.table,
-            boundary.op,
-            boundary.moment,
-            skip,
+            *(self._id, boundary.table, boundary.op, boundary.moment, skip),
         )
         waiting = (
             "select 1 from pg_locks where locktype = 'advisory' and classid = %s and objid = %s and not granted "
@@ -121,16 +115,16 @@ class Strikes:
         """Who waits goes on."""
         self._tell("select pg_advisory_unlock_all()")
 
+    def abort(self) -> None:
+        """The server ends what the dead loader left there, as its own crash would; nothing of it commits."""
+        self._tell(f"select pg_terminate_backend(pid, 5000) from pg_stat_activity where {OTHERS}")
+        self.release()
+
     def catch(self, loader: Loader, trapped: Callable[[], bool], timeout_s: float = 30.0) -> bool:
         """Wait until the loader is in the trap; False when it ended without."""
-        deadline = time.monotonic() + timeout_s
-        while not trapped():
-            if not loader.is_alive:
-                return False
-            if time.monotonic() > deadline:
-                raise StuckError(f"loader {loader.pid} neither ended nor came to the boundary")
-            time.sleep(0.001)
-        return True
+        return bool(wait_until(lambda: trapped() or not loader.is_alive, "the boundary", timeout_s, 0.002)) and (
+            loader.is_alive
+        )
 
     def close(self) -> None:
         self._lock.close()

@@ -14,11 +14,11 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from psycopg2 import sql
-
 from tests.prove.tally import Sent, Tally
 
 Query = Callable[..., list[tuple[Any, ...]]]
+# stream, partition, offset
+Place = tuple[Any, ...]
 
 FIELDS = ("transaction_id", "amount", "currency", "user_id", "merchant_id", "country", "created_at", "status")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -41,7 +41,7 @@ class Verdict:
         return not (self.lost or self.duplicate or self.altered or self.problems)
 
     def note(self, text: str) -> None:
-        if len(self.problems) < SHOWN:
+        if len(self.problems) < SHOWN and text not in self.problems:
             self.problems.append(text)
 
     def __iadd__(self, other: "Verdict") -> "Verdict":
@@ -50,137 +50,165 @@ class Verdict:
         self.duplicate += other.duplicate
         self.altered += other.altered
         self.named_lost += other.named_lost
-        self.problems += other.problems
+        for problem in other.problems:
+            self.note(problem)
         return self
 
 
-def compare(
-    query: Query,
-    tallies: Sequence[Tally],
-    ends: Sequence[Mapping[int, int]],
-    *,
-    committed_only: bool = True,
-    leftovers: bool = True,
-) -> Verdict:
-    """The database against the tallies of a topic's incarnations, oldest first.
+class Comparison:
+    """The database against the tallies of a topic's incarnations.
 
-    Args:
-        ends: per tally, partition -> end of the log, asked from the broker.
-        committed_only: False reads as somebody who knows nothing of commits would.
-        leftovers: also ask that nothing uncommitted lies about (the last run has swept).
+    Asked again, it reads only the loads committed since and remembers the others: load ids grow. What somebody does to
+    an older load in between, only a new comparison sees.
     """
-    verdict = Verdict(records=sum(tally.count() for tally in tallies))
-    committed = "_dlt_load_id in (select load_id from raw_payments._dlt_loads)" if committed_only else "true"
-    rows = query(
-        f"select _stream_id, _kafka_partition, _kafka_offset, {', '.join(FIELDS)}, _extra, _kafka_timestamp, "
-        f"_kafka_key, _kafka_headers from raw_payments.transaction_created where {committed}"
-    )
-    dead = query(
-        "select _stream_id, _kafka_partition, _kafka_offset, raw_value, raw_key, headers, source_time, reason, "
-        "coalesce(to_jsonb(d) ->> 'replay_load_id' in (select load_id from raw_payments._dlt_loads), false) "
-        f"from raw_payments._dead_letters as d where {committed}"
-    )
-    intervals = query(
-        "select stream_id, partition, first_position, last_position, landed, dead, tombstones, control, lost "
-        f"from raw_payments._ledger where {committed} order by 1, 2, 3"
-    )
-    streams = sorted({row[0] for row in intervals})
-    if len(streams) != len([tally for tally in tallies if tally.count()]):
-        verdict.note(f"{len(streams)} streams in the ledger, {len(tallies)} incarnations of the topic")
-    # A replayed letter is kept as evidence; its record stands in the raw table.
-    seen = Counter(row[:3] for row in [*rows, *(row for row in dead if not row[-1])])
-    letters = Counter(row[:3] for row in dead)
-    seen.update({place: times for place, times in letters.items() if times > 1 and seen[place] < times})
-    for place, times in seen.items():
-        if times > 1:
-            verdict.duplicate += times - 1
-            verdict.note(f"stream, partition, offset {place} stands {times} times")
-    landed = {row[:3]: row[3:] for row in rows}
-    rejected = {row[:3]: row[3:] for row in dead}
-    for stream, tally, log_end in zip(streams, tallies, ends, strict=False):
-        own = [row[1:] for row in intervals if row[0] == stream]
-        _compare_stream(verdict, stream, tally, log_end, own, landed, rejected)
-    if leftovers:
+
+    def __init__(self, query: Query, *, committed_only: bool = True) -> None:
+        """`committed_only`: False reads as somebody who knows nothing of commits would."""
+        self._query = query
+        self._where = "_dlt_load_id > %s" + (
+            " and _dlt_load_id in (select load_id from raw_payments._dlt_loads)" if committed_only else ""
+        )
+        self._mark = ""
+        self._intervals: list[tuple[Any, ...]] = []
+        self._rows: dict[Place, tuple[Any, ...]] = {}
+        self._letters: dict[Place, tuple[Any, ...]] = {}
+        # How often a coordinate stands: in all, and among the dead letters.
+        self._times: Counter[Place] = Counter()
+        self._letter_times: Counter[Place] = Counter()
+        self._good: set[Place] = set()
+
+    def verdict(
+        self, tallies: Sequence[Tally], ends: Sequence[Mapping[int, int]], *, leftovers: bool = True
+    ) -> Verdict:
+        """What is wrong now.
+
+        Args:
+            tallies: oldest first.
+            ends: per tally, partition -> end of the log, asked from the broker.
+            leftovers: also ask that nothing uncommitted lies about (the last run has swept).
+        """
+        self._read()
+        verdict = Verdict(records=sum(tally.count() for tally in tallies))
+        streams = sorted({row[0] for row in self._intervals})
+        if len(streams) != len([tally for tally in tallies if tally.count()]):
+            verdict.note(f"{len(streams)} streams in the ledger, {len(tallies)} incarnations of the topic")
+        for place, times in self._times.items():
+            # A replayed letter is kept as evidence; its record stands in the raw table.
+            times = max(times, self._letter_times[place])
+            if times > 1:
+                verdict.duplicate += times - 1
+                verdict.note(f"stream, partition, offset {place} stands {times} times")
+        for stream, tally, log_end in zip(streams, tallies, ends, strict=False):
+            self._compare_stream(verdict, stream, tally, log_end)
+        if leftovers:
+            self._look_for_leftovers(verdict)
+        return verdict
+
+    def _read(self) -> None:
+        rows = self._query(
+            f"select _stream_id, _kafka_partition, _kafka_offset, {', '.join(FIELDS)}, _extra, _kafka_timestamp, "
+            f"_kafka_key, _kafka_headers from raw_payments.transaction_created where {self._where}",
+            self._mark,
+        )
+        letters = self._query(
+            "select _stream_id, _kafka_partition, _kafka_offset, raw_value, raw_key, headers, source_time, reason, "
+            "coalesce(replay_load_id in (select load_id from raw_payments._dlt_loads), false) "
+            f"from raw_payments._dead_letters where {self._where}",
+            self._mark,
+        )
+        intervals = self._query(
+            "select stream_id, partition, first_position, last_position, landed, dead, tombstones, control, lost, "
+            f"_dlt_load_id from raw_payments._ledger where {self._where}",
+            self._mark,
+        )
+        self._mark = max((row[-1] for row in intervals), default=self._mark)
+        self._intervals += [row[:-1] for row in intervals]
+        self._rows |= {row[:3]: row[3:] for row in rows}
+        self._letters |= {row[:3]: row[3:] for row in letters}
+        self._times.update(row[:3] for row in [*rows, *(row for row in letters if not row[-1])])
+        self._letter_times.update(row[:3] for row in letters)
+
+    def _look_for_leftovers(self, verdict: Verdict) -> None:
         for table in ("transaction_created", "_dead_letters", "_ledger"):
-            statement = sql.SQL(
-                "select count(*) from raw_payments.{} where _dlt_load_id not in "
+            ((left,),) = self._query(
+                f"select count(*) from raw_payments.{table} where _dlt_load_id not in "
                 "(select load_id from raw_payments._dlt_loads)"
-            ).format(sql.Identifier(table))
-            ((left,),) = query(statement)
+            )
             if left:
                 verdict.note(f"{left} uncommitted rows in {table} after the last sweep")
-        empty = query(
-            "select load_id from raw_payments._dlt_loads where load_id not in "
+        ((empty,),) = self._query(
+            "select count(*) from raw_payments._dlt_loads where load_id not in "
             "(select _dlt_load_id from raw_payments._ledger)"
         )
         if empty:
-            verdict.note(f"{len(empty)} committed loads without an interval in the ledger")
-    return verdict
+            verdict.note(f"{empty} committed loads without an interval in the ledger")
 
-
-def _compare_stream(
-    verdict: Verdict,
-    stream: int,
-    tally: Tally,
-    log_end: Mapping[int, int],
-    intervals: list[tuple[Any, ...]],
-    landed: Mapping[tuple[Any, ...], tuple[Any, ...]],
-    rejected: Mapping[tuple[Any, ...], tuple[Any, ...]],
-) -> None:
-    named: set[tuple[int, int]] = set()
-    sums: dict[int, list[int]] = {}
-    reached: dict[int, int] = {}
-    for partition, first, last, *figures in intervals:
-        if first is None:  # a replay: it lands what was dead, and reads nothing
+    def _compare_stream(self, verdict: Verdict, stream: int, tally: Tally, log_end: Mapping[int, int]) -> None:
+        named: set[tuple[int, int]] = set()
+        sums: dict[int, list[int]] = {}
+        reached: dict[int, int] = {}
+        own = [row[1:] for row in self._intervals if row[0] == stream]
+        for partition, first, last, *figures in sorted(own, key=lambda row: (row[0], row[1] is not None, row[1])):
             sums[partition] = [a + b for a, b in zip(sums.get(partition, [0] * 5), figures, strict=True)]
-            continue
-        if first != reached.get(partition, 0):
-            verdict.note(f"partition {partition}: an interval begins at {first}, not at {reached.get(partition, 0)}")
-        reached[partition] = last + 1
-        sums[partition] = [a + b for a, b in zip(sums.get(partition, [0] * 5), figures, strict=True)]
-        if figures[4]:
-            named.update((partition, offset) for offset in range(first, last + 1))
-    for partition, end in log_end.items():
-        if reached.get(partition, 0) != end or sum(sums.get(partition, [])) != end:
-            verdict.note(
-                f"partition {partition}: the log ends at {end}, the ledger at {reached.get(partition, 0)} "
-                f"with {sum(sums.get(partition, []))} accounted for"
-            )
-    tombstones: Counter[int] = Counter()
-    for partition, records in tally.partitions.items():
-        for offset, sent in records.items():
-            place = (stream, partition, offset)
-            row, letter = landed.get(place), rejected.get(place)
-            if (partition, offset) in named:
-                verdict.named_lost += 1
-                if row or letter:
-                    verdict.note(f"{place} is named lost and is there")
-            elif sent.expected == "tombstone":
-                tombstones[partition] += 1
-                if row or letter:
-                    verdict.altered += 1
-                    verdict.note(f"{place} is a tombstone and is stored")
-            elif row is None and letter is None:
-                verdict.lost += 1
-                verdict.note(f"{place} ({sent.defect or 'ordinary'}) is nowhere")
+            if first is None:  # a replay: it lands what was dead, and reads nothing
+                continue
+            if first != reached.get(partition, 0):
+                verdict.note(
+                    f"partition {partition}: an interval begins at {first}, not at {reached.get(partition, 0)}"
+                )
+            reached[partition] = last + 1
+            if figures[4]:
+                named.update((partition, offset) for offset in range(first, last + 1))
+        for partition, end in log_end.items():
+            if reached.get(partition, 0) != end or sum(sums.get(partition, [])) != end:
+                verdict.note(
+                    f"partition {partition}: the log ends at {end}, the ledger at {reached.get(partition, 0)} "
+                    f"with {sum(sums.get(partition, []))} accounted for"
+                )
+        tombstones: Counter[int] = Counter()
+        for partition, records in tally.partitions.items():
+            for offset, sent in records.items():
+                place = (stream, partition, offset)
+                if sent.expected == "tombstone" and (partition, offset) not in named:
+                    tombstones[partition] += 1
+                if place not in self._good:
+                    self._compare_record(verdict, place, sent, is_named_lost=(partition, offset) in named)
+        for place in [*self._rows, *self._letters]:
+            if place[0] == stream and place[2] not in tally.partitions.get(place[1], {}):
+                verdict.altered += 1
+                verdict.note(f"{place} was never offered (aborted, or of another topic)")
+        landed = Counter(place[:2] for place in self._rows)
+        dead = Counter(place[:2] for place, letter in self._letters.items() if not letter[-1])
+        for partition, figures in sums.items():
+            if figures[2] != tombstones[partition]:
+                verdict.lost += max(tombstones[partition] - figures[2], 0)
+                verdict.note(f"partition {partition}: {tombstones[partition]} tombstones sent, {figures[2]} counted")
+            counts = [landed[stream, partition], dead[stream, partition]]
+            if figures[:2] != counts:
+                verdict.note(
+                    f"partition {partition}: the ledger says {figures[:2]} landed and dead, the tables {counts}"
+                )
+
+    def _compare_record(self, verdict: Verdict, place: Place, sent: Sent, *, is_named_lost: bool) -> None:
+        row, letter = self._rows.get(place), self._letters.get(place)
+        if is_named_lost:
+            verdict.named_lost += 1
+            if row or letter:
+                verdict.note(f"{place} is named lost and is there")
+        elif sent.expected == "tombstone":
+            if row or letter:
+                verdict.altered += 1
+                verdict.note(f"{place} is a tombstone and is stored")
+        elif row is None and letter is None:
+            verdict.lost += 1
+            verdict.note(f"{place} ({sent.defect or 'ordinary'}) is nowhere")
+        else:
+            fault = _fault(sent, row, letter)
+            if fault:
+                verdict.altered += 1
+                verdict.note(f"{place} ({sent.defect or 'ordinary'}): {fault}")
             else:
-                fault = _fault(sent, row, letter)
-                if fault:
-                    verdict.altered += 1
-                    verdict.note(f"{place} ({sent.defect or 'ordinary'}): {fault}")
-    for place in [*landed, *rejected]:
-        if place[0] == stream and place[2] not in tally.partitions.get(place[1], {}):
-            verdict.altered += 1
-            verdict.note(f"{place} was never offered (aborted, or of another topic)")
-    for partition, figures in sums.items():
-        if figures[2] != tombstones[partition]:
-            missing = tombstones[partition] - figures[2]
-            verdict.lost += max(missing, 0)
-            verdict.note(f"partition {partition}: {tombstones[partition]} tombstones sent, {figures[2]} counted")
-        open_letters = [place for place, letter in rejected.items() if not letter[-1]]
-        counts = [sum(place[:2] == (stream, partition) for place in table) for table in (landed, open_letters)]
-        if figures[:2] != counts:
-            verdict.note(f"partition {partition}: the ledger says {figures[:2]} landed and dead, the tables {counts}")
+                self._good.add(place)
 
 
 def _fault(sent: Sent, row: tuple[Any, ...] | None, letter: tuple[Any, ...] | None) -> str:
@@ -213,10 +241,10 @@ def _same(name: str, sent: Any, stored: Any) -> bool:
     if name == "transaction_id":
         return uuid.UUID(sent) == uuid.UUID(str(stored))
     if name == "amount":
-        return Decimal(sent) == stored
+        return bool(Decimal(sent) == stored)
     if name == "created_at":
         moment = datetime.fromisoformat(sent)
-        return abs(moment - stored) <= timedelta(microseconds=1)
+        return bool(abs(moment - stored) <= timedelta(microseconds=1))
     return bool(sent == stored)
 
 

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import time
 import urllib.request
 from collections import Counter
 from datetime import UTC, date, datetime, timedelta
@@ -12,7 +11,6 @@ from typing import Any
 
 from orchestration.sample.rates_api import RatesServer, serving
 from tests.prove.outcome import Outcome, Plan
-from tests.prove.scenarios.kills import pause
 from tests.prove.stage import Site
 
 FX = "raw_fx.daily_rates"
@@ -20,36 +18,33 @@ COMMITTED = "_dlt_load_id in (select load_id from raw_fx._dlt_loads)"
 Published = dict[tuple[date, str, str], Decimal]
 
 
-def kill_api_loader(plan: Plan) -> Outcome:
+def kill_api_loader(plan: Plan, outcome: Outcome) -> None:
     """kill -9 of the rates feed at random instants; the disk wiped half of the time."""
-    outcome = Outcome("kill -9 of the API feed", wanted=plan.repeats)
     rng = Random(f"{plan.stage.seed}/api")
     span = 1.0
     today = datetime.now(UTC).date()
     # Within the days that are asked for again: earlier ones the feed does not look at a second time.
     shown = [today - timedelta(days=20)]
     with serving(plan.stage.seed, today=lambda: shown[0]) as server, plan.stage.site("api") as site:
-        env = {"PROVE_FEED": FX, "FX_API_BASE": server.url}
-        while outcome.kills < plan.repeats and plan.has_time:
+        orders: dict[str, Any] = {"feed": FX, "api": server.url}
+        while outcome.kills < plan.repeats and plan.has_time and outcome.verdict.is_clean:
             # A new day and a correction of one that was read: something to land each time.
             shown[0] = min(shown[0] + timedelta(days=1), today)
             correction = f"0.{rng.randrange(8000, 9000)}"
             with server.lock:
                 server.book.correct(_working_day(shown[0] - timedelta(days=rng.randrange(1, 6))), "GBP", correction)
-            begun = time.monotonic()
-            loader = site.start(**env)
-            pause(loader, rng.uniform(0.0, span * 1.2))
+            loader = site.start(**orders)
+            loader.pause(rng.uniform(0.0, span * 1.2))
             struck = loader.kill()
             outcome.kills += struck
             outcome.count(loader)
             if not struck:
-                span = min(span, time.monotonic() - begun)
+                span = min(span, loader.seconds)
             elif rng.random() < 0.5:
                 site.wipe()
+            outcome.runs += site.settle(outcome.verdict, **orders)
+            _compare(outcome, site, server)
         outcome.repeats = outcome.kills
-        outcome.runs += site.settle(outcome.verdict, **env)
-        _compare(outcome, site, server)
-    return outcome
 
 
 def _working_day(day: date) -> date:

@@ -15,57 +15,61 @@ from confluent_kafka.admin import (
 )
 
 from tests.prove.outcome import Outcome, Plan
-from tests.prove.scenarios.kills import pause
-from tests.prove.scenarios.postgres import RETRYING
-from tests.prove.stage import PARTITIONS, Site, wait_until
+from tests.prove.scenarios.postgres import RETRY_SECONDS, land_disturbed, require_success
+from tests.prove.stage import PARTITIONS, Loader, Site, wait_until
 from tests.prove.tally import Tally
 
 
-def restart_broker(plan: Plan) -> Outcome:
-    """The broker stopped or killed during load, and back after a while: no leader for any partition meanwhile."""
-    outcome = Outcome("broker away and back", wanted=plan.repeats)
-    rng = Random(f"{plan.stage.seed}/broker")
+def restart_broker(plan: Plan, outcome: Outcome) -> None:
+    """The broker stopped or killed during load, and back after a while."""
     kafka = plan.stage.kafka
-    with plan.stage.site("broker", records_per_load=max(plan.records // 10, 1)) as site:
-        while outcome.repeats < plan.repeats and plan.has_time and outcome.verdict.is_clean:
-            site.send(plan.records)
-            loader = site.start(**RETRYING)
-            pause(loader, rng.uniform(0.05, 0.8))
-            kafka.kill() if rng.random() < 0.5 else kafka.stop()
-            time.sleep(rng.uniform(0.0, 2.0))
-            kafka.start()
-            loader.wait()
-            outcome.count(loader)
-            outcome.repeats += 1
-            outcome.require(loader.code == 0, f"a retrying loader gave up: {loader.result.get('message')}")
-        outcome.runs += site.settle(outcome.verdict)
-        outcome.verdict += site.compare()
-    return outcome
+
+    def disturb(site: Site, loader: Loader, rng: Random) -> None:
+        kafka.kill() if rng.random() < 0.5 else kafka.stop()
+        time.sleep(rng.uniform(0.0, 2.0))
+        kafka.start()
+
+    land_disturbed(plan, outcome, "broker", disturb)
 
 
-def slow_broker(plan: Plan) -> Outcome:
+def slow_broker(plan: Plan, outcome: Outcome) -> None:
     """The broker's process stopped for some seconds (SIGSTOP) in the middle of a read."""
-    outcome = Outcome("slow broker", wanted=plan.repeats)
-    rng = Random(f"{plan.stage.seed}/slow")
-    with plan.stage.site("slow", records_per_load=max(plan.records // 10, 1)) as site:
-        while outcome.repeats < plan.repeats and plan.has_time:
-            site.send(plan.records)
-            loader = site.start(**RETRYING)
-            pause(loader, rng.uniform(0.05, 0.6))
-            pid = plan.stage.kafka.pid
-            assert pid is not None
-            os.kill(pid, signal.SIGSTOP)
-            try:
-                time.sleep(rng.uniform(1.0, 4.0))
-            finally:
-                os.kill(pid, signal.SIGCONT)
-            loader.wait()
+
+    def disturb(site: Site, loader: Loader, rng: Random) -> None:
+        pid = plan.stage.kafka.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            time.sleep(rng.uniform(1.0, 4.0))
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+    land_disturbed(plan, outcome, "slow", disturb)
+
+
+def lose_leaders(plan: Plan, outcome: Outcome) -> None:
+    """One of the broker's disks gone while it runs: half of the partitions have no leader until it is back."""
+    kafka = plan.stage.kafka
+    disk = kafka.work_dir / "disk"
+    with plan.stage.site("leaders", records_per_load=max(plan.records // 4, 1)) as site:
+        for _ in plan.cycles(outcome, site):
+            disk.rename(disk.with_name("disk.gone"))
+            wait_until(lambda: _leaderless(site), "the broker to miss its disk")
+            outcome.notes = [f"{_leaderless(site)} of {PARTITIONS} partitions without a leader"]
+            loader = site.run()
             outcome.count(loader)
+            outcome.require(loader.error_class == "transient", f"no leader is called {loader.error_class!r}")
+            loader = site.start(retry_seconds=RETRY_SECONDS)
+            disk.with_name("disk.gone").rename(disk)
+            kafka.stop()
+            kafka.start()
+            require_success(outcome, loader)
             outcome.repeats += 1
-            outcome.require(loader.code == 0, f"a retrying loader gave up: {loader.result.get('message')}")
-        outcome.runs += site.settle(outcome.verdict)
-        outcome.verdict += site.compare()
-    return outcome
+
+
+def _leaderless(site: Site) -> int:
+    partitions = site.stage.kafka.admin().list_topics(site.topic, timeout=15).topics[site.topic].partitions
+    return sum(partition.leader < 0 for partition in partitions.values())
 
 
 def _require_loss(outcome: Outcome, site: Site, *, reads_on: bool) -> None:
@@ -90,17 +94,15 @@ def _land_part(outcome: Outcome, site: Site, records: int) -> None:
     site.send(records)
 
 
-def _finish(outcome: Outcome, site: Site) -> Outcome:
-    outcome.runs += site.settle(outcome.verdict)
-    outcome.verdict += site.compare()
+def _finish(outcome: Outcome, site: Site) -> None:
+    outcome.repeats += 1
+    outcome.finish(site)
     if outcome.verdict.named_lost:
         outcome.notes.append(f"{outcome.verdict.named_lost:,} named lost, by the ledger and by the tally")
-    return outcome
 
 
-def delete_records(plan: Plan) -> Outcome:
+def delete_records(plan: Plan, outcome: Outcome) -> None:
     """Records deleted below and above the position (DeleteRecords): a `lost` interval, no more and no less."""
-    outcome = Outcome("records deleted unread")
     with plan.stage.site("deleted", records_per_load=max(plan.records // 4, 1)) as site:
         _land_part(outcome, site, plan.records)
         positions = dict(site.query("select partition, max(last_position) + 1 from ops.ledger group by 1"))
@@ -116,12 +118,11 @@ def delete_records(plan: Plan) -> Outcome:
         lost = dict(site.query("select partition, sum(lost) from ops.ledger group by 1 having sum(lost) > 0"))
         expected = {partition: below[partition] - positions[partition] for partition in (0, 1)}
         outcome.require(lost == expected, f"the ledger names {lost} lost, deleted were {expected}")
-        return _finish(outcome, site)
+        _finish(outcome, site)
 
 
-def expire_records(plan: Plan) -> Outcome:
+def expire_records(plan: Plan, outcome: Outcome) -> None:
     """Retention takes what nobody has read yet."""
-    outcome = Outcome("retention")
     with plan.stage.site("retention", records_per_load=max(plan.records // 4, 1)) as site:
         _land_part(outcome, site, plan.records)
         ends = site.log_ends()
@@ -130,24 +131,22 @@ def expire_records(plan: Plan) -> Outcome:
         _configure(site, {"retention.ms": "-1"})
         site.send(plan.records)
         _require_loss(outcome, site, reads_on=True)
-        return _finish(outcome, site)
+        _finish(outcome, site)
 
 
-def recreate_topic(plan: Plan) -> Outcome:
+def recreate_topic(plan: Plan, outcome: Outcome) -> None:
     """The topic deleted and made anew: refused before a row is read, then accepted by name and read from its start."""
-    outcome = Outcome("topic re-created")
     with plan.stage.site("recreated", records_per_load=max(plan.records // 4, 1)) as site:
         site.send(plan.records)
         outcome.runs += site.settle(outcome.verdict)
         site.recreate_topic()
         site.send(plan.records * 2)
         _require_loss(outcome, site, reads_on=False)
-        return _finish(outcome, site)
+        _finish(outcome, site)
 
 
-def add_partitions(plan: Plan) -> Outcome:
+def add_partitions(plan: Plan, outcome: Outcome) -> None:
     """Partitions added while the topic is in use: read from their start."""
-    outcome = Outcome("partitions added")
     with plan.stage.site("added", records_per_load=max(plan.records // 4, 1)) as site:
         _land_part(outcome, site, plan.records)
         wanted = PARTITIONS + 3
@@ -157,12 +156,11 @@ def add_partitions(plan: Plan) -> Outcome:
         site.producer.partitions = wanted
         site.producer.refresh()
         site.send(plan.records)
-        return _finish(outcome, site)
+        _finish(outcome, site)
 
 
-def compact_topic(plan: Plan) -> Outcome:
+def compact_topic(plan: Plan, outcome: Outcome) -> None:
     """A compacted topic: gaps in the log raise no alarm and the rest adds up."""
-    outcome = Outcome("compacted topic")
     with plan.stage.site("compacted", records_per_load=max(plan.records // 4, 1)) as site:
         _configure(
             site,
@@ -189,7 +187,7 @@ def compact_topic(plan: Plan) -> Outcome:
             }
         site.tallies = [survivors]
         outcome.notes.append(f"{full - survivors.count():,} of {full:,} compacted away before they were read")
-        return _finish(outcome, site)
+        _finish(outcome, site)
 
 
 def _configure(site: Site, settings: dict[str, str]) -> None:

@@ -1,16 +1,16 @@
 """Twins: one guarantee taken away, and the same checks must see it. A check that cannot fail proves nothing."""
 
+import time
 from collections.abc import Callable
 
-from tests.prove.outcome import Caught, Outcome
-from tests.prove.scenarios.kills import gone
-from tests.prove.stage import Loader, Site, Stage
-from tests.prove.strikes import BEFORE_COMMIT, BEFORE_ROWS, Boundary, Strikes
+from tests.prove.outcome import Caught
+from tests.prove.stage import Loader, Stage
+from tests.prove.strikes import AFTER_NOTE, BEFORE_COMMIT, BEFORE_LEDGER, BEFORE_ROWS, Strikes
 from tests.prove.verify import Verdict
 
 RECORDS = 200
 # The twins' loaders neither put a missing guard back nor end a zombie's sessions: one guarantee at a time.
-UNHELPED = "schema sessions"
+UNHELPED = ("schema", "sessions")
 DROP_GUARD = "drop trigger _guard_commit on raw_payments._dlt_loads"
 DROP_EXCLUSION = "alter table raw_payments._ledger drop constraint _ledger__no_overlap"
 
@@ -20,7 +20,7 @@ def _seen(verdict: Verdict) -> str:
     return figures if verdict.lost or verdict.duplicate or verdict.altered else "; ".join(verdict.problems[:1])
 
 
-def _killed_before_commit(stage: Stage, *, without: str) -> Verdict:
+def _killed_before_commit(stage: Stage, *without: str) -> Verdict:
     """A load killed with everything copied; the next run; read by somebody who knows nothing of commits."""
     with stage.site("twin_sweep") as site:
         site.prepare()
@@ -31,67 +31,55 @@ def _killed_before_commit(stage: Stage, *, without: str) -> Verdict:
         strikes.catch(loader, trapped)
         strikes.disarm()
         loader.kill()
-        # The statement of a dead client commits all the same, once it is let go: here the server's crash takes it.
-        site.query(
-            "select pg_terminate_backend(pid, 5000) from pg_stat_activity where datname = current_database() "
-            "and application_name <> 'prove'"
-        )
-        strikes.release()
-        gone(site)
-        site.run(PROVE_WITHOUT=without)
-        site.run(PROVE_WITHOUT=without)
+        strikes.abort()
+        site.run(without=without)
+        site.run(without=without)
         strikes.close()
         return site.compare(committed_only=False, leftovers=False)
 
 
 def without_sweep(stage: Stage) -> Caught:
     """The sweep off, and readers that do not ask what is committed."""
-    verdict = _killed_before_commit(stage, without="sweep")
-    control = _killed_before_commit(stage, without="")
+    verdict = _killed_before_commit(stage, "sweep")
+    control = _killed_before_commit(stage)
     return Caught(
         "sweep off, readers do not filter", verdict.duplicate > 0 and control.is_clean, _seen(verdict), _seen(control)
     )
 
 
 def _zombie(stage: Stage, remove: tuple[str, ...], *, heir_dies: bool) -> tuple[Verdict, Loader]:
-    """A loader frozen before its first row is copied and taken over; then woken up."""
-    with stage.site("twin_zombie", records_per_load=RECORDS * 2) as site:
+    """A loader frozen before a row of its rows or its ledger is copied, and taken over; then woken up."""
+    # So many a load that all its rows are in one file.
+    with stage.site("twin_zombie", records_per_load=RECORDS * 4) as site:
         site.prepare()
         strikes = Strikes(site.database)
         for statement in remove:
             site.query(statement)
         site.send(RECORDS)
-        trapped = strikes.arm(BEFORE_ROWS)
-        zombie = site.start(PROVE_WITHOUT=UNHELPED)
-        strikes.catch(zombie, trapped)
+        traps = [strikes.arm(boundary) for boundary in (BEFORE_ROWS, BEFORE_LEDGER)]
+        zombie = site.start(without=UNHELPED)
+        strikes.catch(zombie, lambda: any(trapped() for trapped in traps))
         zombie.freeze()
+        # What it had sent by then gets into the traps as well.
+        time.sleep(0.1)
         strikes.disarm()
         verdict = Verdict()
-        if heir_dies:
-            trapped = strikes.arm(Boundary("_loads_begun", "INSERT", "AFTER"))
-            heir = _heir(site)
-            strikes.catch(heir, trapped)
-            strikes.disarm()
-            heir.kill()
-            strikes.release()
-        else:
-            strikes.release()
-            heir = _heir(site)
-            heir.wait()
+        trapped = strikes.arm(AFTER_NOTE) if heir_dies else lambda: False
+        heir = site.start(without=UNHELPED, take_over=True, home=site.elsewhere())
+        strikes.catch(heir, trapped)
+        strikes.disarm()
+        heir.kill()
+        strikes.release()
         zombie.thaw()
         zombie.wait()
-        if not heir_dies:
-            site.settle(verdict, PROVE_WITHOUT=UNHELPED)
-        elif site.query("select count(*) from raw_payments._dlt_loads") != [(0,)]:
-            verdict.note("a writer that was taken over committed")
-        strikes.close()
-        if not heir_dies:
+        if heir_dies:
+            if site.query("select count(*) from raw_payments._dlt_loads") != [(0,)]:
+                verdict.note("a writer that was taken over committed")
+        else:
+            site.settle(verdict, without=UNHELPED)
             verdict += site.compare(leftovers=False)
+        strikes.close()
         return verdict, zombie
-
-
-def _heir(site: Site) -> Loader:
-    return site.start(PROVE_WITHOUT=UNHELPED, PROVE_TAKE_OVER="1", WAREHOUSE_HOME=f"{site.home}-of-another-machine")
 
 
 def without_fence(stage: Stage) -> Caught:
@@ -137,7 +125,7 @@ def without_count(stage: Stage) -> Caught:
             for statement in remove:
                 site.query(statement)
             site.send(RECORDS)
-            loader = site.run(PROVE_WITHOUT=UNHELPED)
+            loader = site.run(without=UNHELPED)
             return (site.compare() if loader.code == 0 else Verdict()), loader
 
     verdict, _ = land((DROP_GUARD,))
@@ -153,32 +141,27 @@ def without_count(stage: Stage) -> Caught:
 
 def plain_dlt(stage: Stage) -> Caught:
     """Plain dlt append of dicts in place of ours, killed after a file's commit and resumed."""
-    plain = {"PROVE_PLAIN": "1"}
-    seen: list[str] = []
+    seen = ""
     with stage.site("twin_plain") as site:
         site.send(RECORDS * 10)
-        site.run(**plain)
-        begun = site.query("select count(*) from plain.plain")[0][0]
-        if begun == 0:
-            return Caught("plain dlt append", False, "it landed nothing undisturbed")
+        site.run(action="plain")
         for _ in range(6):
             site.send(RECORDS)
-            loader = site.start(**plain)
-            begun = site.query("select count(*) from plain.plain")[0][0]
-            while loader.is_alive and site.query("select count(*) from plain.plain")[0][0] == begun:
+            before = site.query("select count(*) from plain.plain")
+            loader = site.start(action="plain")
+            while loader.is_alive and site.query("select count(*) from plain.plain") == before:
                 pass
             loader.kill()
-            again = site.run(**plain)
-            if again.code != 0:
-                final = site.run(**plain)
-                if final.code != 0:
-                    seen.append(f"wedged: {final.result.get('message', '')[:90]}")
+            if site.run(action="plain").code != 0:
+                again = site.run(action="plain")
+                if again.code != 0:
+                    seen = f"wedged: {again.message[:90]}"
                     break
             ((twice,),) = site.query("select count(*) - count(distinct (partition, position)) from plain.plain")
             if twice:
-                seen.append(f"duplicate {twice}")
+                seen = f"duplicate {twice}"
                 break
-    return Caught("plain dlt append in place of ours", bool(seen), "; ".join(seen) or "nothing in 6 kills")
+    return Caught("plain dlt append in place of ours", bool(seen), seen or "nothing in 6 kills")
 
 
 def _tampered(stage: Stage, statement: str) -> Verdict:
@@ -219,8 +202,3 @@ altered_letter = _tampering(
     f"update raw_payments._dead_letters set raw_value = raw_value || '\\x00' where {_ONE_LETTER}",
     lambda v: v.altered == 1,
 )
-
-
-def require_clean(outcome: Outcome) -> None:
-    """For the test suite: the outcome's problems as a failed assertion."""
-    assert outcome.verdict.is_clean, outcome.verdict

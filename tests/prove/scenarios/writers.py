@@ -3,7 +3,6 @@
 from random import Random
 
 from tests.prove.outcome import Outcome, Plan
-from tests.prove.scenarios.kills import pause
 from tests.prove.stage import Loader, Site, StuckError
 from tests.prove.strikes import Boundary, Strikes
 
@@ -18,44 +17,31 @@ FREEZE_AT = tuple(
 REFUSALS = ("busy", "transient")
 
 
-def wake_zombies(plan: Plan) -> Outcome:
+def wake_zombies(plan: Plan, outcome: Outcome) -> None:
     """A loader stopped (SIGSTOP) at a random instant, taken over, woken up when the other is done: refused."""
-    outcome = Outcome("zombie woken after a take-over", wanted=plan.repeats)
     rng = Random(f"{plan.stage.seed}/zombies")
-    refused = shared = 0
+    shared = 0
     boundaries = list(FREEZE_AT)
     while outcome.repeats < plan.repeats and plan.has_time and outcome.verdict.is_clean:
-        with plan.stage.site("zombies", records_per_load=max(plan.records // 5, 1)) as site:
-            site.send(plan.records)
-            outcome.runs += site.settle(outcome.verdict)
+        with plan.stage.site("zombies", records_per_load=max(plan.records // 2, 1)) as site:
+            site.prepare()
             strikes = Strikes(site.database)
-            for _ in range(REPEATS_PER_SITE):
-                if outcome.repeats >= plan.repeats or not plan.has_time or not outcome.verdict.is_clean:
-                    break
-                site.send(plan.records)
+            for _ in plan.cycles(outcome, site, REPEATS_PER_SITE):
                 same_disk = rng.random() < 0.5
                 zombie = _freeze(site, strikes, rng, boundaries.pop() if boundaries else None)
-                if not zombie.is_alive:
-                    # It was done before it could be stopped; that is no repeat.
-                    outcome.count(zombie)
-                    continue
-                refused += _take_over(outcome, site, zombie, same_disk=same_disk, late=rng.random() < 0.5)
-                shared += same_disk
-                outcome.repeats += 1
+                if _take_over(outcome, site, zombie, same_disk=same_disk, late=rng.random() < 0.5):
+                    outcome.repeats += 1
+                    shared += same_disk
             strikes.close()
-            outcome.runs += site.settle(outcome.verdict)
-            outcome.verdict += site.compare()
-    outcome.notes.append(f"{refused} woke up with work left and were refused; {shared} shared the disk")
-    return outcome
+    outcome.notes.append(f"all refused; {shared} shared the disk with who took over")
 
 
 def _freeze(site: Site, strikes: Strikes, rng: Random, boundary: Boundary | None) -> Loader:
     """A loader stopped at a boundary (its transaction open in the server), or at a random instant."""
     if boundary is None:
         zombie = site.start()
-        pause(zombie, rng.uniform(0.05, 0.9))
+        zombie.pause(rng.uniform(0.05, 0.6))
         zombie.freeze()
-        pause(zombie, 0.02)
         return zombie
     trapped = strikes.arm(boundary)
     zombie = site.start()
@@ -67,14 +53,19 @@ def _freeze(site: Site, strikes: Strikes, rng: Random, boundary: Boundary | None
 
 
 def _take_over(outcome: Outcome, site: Site, zombie: Loader, *, same_disk: bool, late: bool) -> bool:
-    """Another loader takes the feed; the zombie wakes up after (`late`) or in the middle of it. Whether it failed."""
-    changes = {} if same_disk else {"WAREHOUSE_HOME": f"{site.home}-of-another-machine"}
-    heir = site.start(PROVE_TAKE_OVER="1", **changes)
+    """Another loader takes the feed; the zombie wakes up in the middle of it, or (`late`) after it: is it refused?"""
+    if not site.query("select 1 from raw_payments._writers where holder like %s", f"% pid {zombie.process.pid}"):
+        # Stopped before it held the feed, or already done: it may write when it wakes up.
+        zombie.thaw()
+        zombie.wait()
+        outcome.count(zombie)
+        return False
+    heir = site.start(take_over=True, home=site.home if same_disk else site.elsewhere())
     try:
         if late:
             heir.wait(30)
         else:
-            pause(heir, 0.4)
+            heir.pause(0.4)
     except StuckError:
         outcome.verdict.note(f"the take-over waits for the frozen writer: {_waiting(site)}")
     woken_with = site.query("select count(*), max(token) from raw_payments._dlt_loads, raw_payments._writers")
@@ -84,14 +75,11 @@ def _take_over(outcome: Outcome, site: Site, zombie: Loader, *, same_disk: bool,
     outcome.count(heir)
     outcome.count(zombie)
     if late:
-        outcome.require(heir.code == 0, f"the heir failed: {heir.error_class}: {heir.result.get('message')}")
+        outcome.require(heir.code == 0, f"the heir failed: {heir.error_class}: {heir.message}")
         now = site.query("select count(*), max(token) from raw_payments._dlt_loads, raw_payments._writers")
         outcome.require(now == woken_with, f"loads and token were {woken_with}, are {now} after the zombie woke up")
-    if zombie.code == 0:
-        # It was stopped after its last commit: it had nothing left to be refused.
-        return False
-    outcome.require(zombie.error_class in REFUSALS, f"the zombie ended as {zombie.error_class!r}")
-    return True
+    outcome.require(zombie.code == 0 or zombie.error_class in REFUSALS, f"the zombie ended as {zombie.error_class!r}")
+    return zombie.code != 0
 
 
 def _waiting(site: Site) -> str:
@@ -102,28 +90,23 @@ def _waiting(site: Site) -> str:
     return "; ".join(f"{waiter[:80]!r} waits for {holder[:80]!r}" for waiter, holder in rows)
 
 
-def start_ten_at_once(plan: Plan) -> Outcome:
+def start_ten_at_once(plan: Plan, outcome: Outcome) -> None:
     """Ten loaders started together on one feed, the first time in an empty database: one works, nine say why not."""
-    outcome = Outcome("ten loaders at once", wanted=plan.repeats)
     told = worked = 0
     with plan.stage.site("ten", records_per_load=max(plan.records // 5, 1)) as site:
-        while outcome.repeats < plan.repeats and plan.has_time and outcome.verdict.is_clean:
-            site.send(plan.records)
-            loaders = [site.start(WAREHOUSE_HOME=f"{site.home}-{number}") for number in range(10)]
+        for _ in plan.cycles(outcome, site):
+            loaders = [site.start(home=site.elsewhere(number)) for number in range(10)]
             for loader in loaders:
                 loader.wait()
                 outcome.count(loader)
                 if loader.code == 0:
                     worked += 1
                 else:
-                    message = str(loader.result.get("message", ""))
-                    outcome.require(loader.error_class == "busy", f"refused as {loader.error_class!r}: {message}")
-                    outcome.require("written by" in message and "since" in message, f"it does not say who: {message}")
+                    said = loader.message
+                    outcome.require(loader.error_class == "busy", f"refused as {loader.error_class!r}: {said}")
+                    outcome.require("written by" in said and "since" in said, f"it does not say who: {said}")
                     told += 1
-            landed = [loader.result["offered"] for loader in loaders if loader.code == 0 and loader.result["offered"]]
+            landed = [loader for loader in loaders if loader.code == 0 and loader.result["offered"]]
             outcome.require(len(landed) == 1, f"{len(landed)} of ten landed something")
             outcome.repeats += 1
-        outcome.runs += site.settle(outcome.verdict)
-        outcome.verdict += site.compare()
     outcome.notes.append(f"{told} were told who holds the feed, {worked} had their turn")
-    return outcome
