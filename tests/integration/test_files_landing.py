@@ -624,7 +624,7 @@ def test_the_command_from_a_folder_to_the_marts(run: Run, project: Path, drop: P
     # It is no read of the topic and does not make the feed fresh.
     assert query("select distinct feed from ops.run_steps where step = 'ingest'") == [(f"files:{drop}",)]
 
-    (status,) = [one for one in json.loads(run("status", "--json").stdout) if one["feed"] == PAYMENTS]
+    (status,) = [one for one in json.loads(run("status", "--json").stdout)["feeds"] if one["feed"] == PAYMENTS]
     assert [status[name] for name in ("offered", "landed", "dead", "open_dead_letters", "last_success")] == [
         120,
         96,
