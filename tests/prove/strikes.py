@@ -105,7 +105,8 @@ class Strikes:
             "select 1 from pg_locks where locktype = 'advisory' and classid = %s and objid = %s and not granted "
             "and database = (select oid from pg_database where datname = current_database())"
         )
-        return lambda: bool(self._tell(waiting, LOCK_SPACE, self._id))
+        own = self._id
+        return lambda: bool(self._tell(waiting, LOCK_SPACE, own))
 
     def disarm(self) -> None:
         """The next loader passes; who waits goes on waiting."""
