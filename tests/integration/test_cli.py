@@ -652,7 +652,11 @@ def test_services_start_status_stop(project: Path) -> None:
 def test_the_lineage_page_is_served_until_interrupted(tmp_path: Path) -> None:
     page = tmp_path / "static_index.html"
     page.write_text("<title>lineage</title>")
-    script = "import sys, pathlib; from orchestration.docs_server import serve_page; serve_page(pathlib.Path(sys.argv[1]), int(sys.argv[2]))"  # fmt: skip  # noqa: E501
+    # A process started in the background inherits that SIGINT is ignored.
+    script = (
+        "import pathlib, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from orchestration.docs_server import serve_page; serve_page(pathlib.Path(sys.argv[1]), int(sys.argv[2]))"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", script, str(page), "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
