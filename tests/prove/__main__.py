@@ -34,11 +34,23 @@ def run_scenario(name: str, stage: Stage, seconds: float) -> Outcome:
     try:
         entry.run(Plan(stage, entry.repeats, entry.records, begun + seconds), outcome)
     except Exception as error:
-        outcome.verdict.note(f"the scenario broke: {type(error).__name__}: {error}")
-        if not isinstance(error, StuckError):
-            traceback.print_exc()
+        outcome.verdict.note(f"the scenario broke: {_describe(error)}")
     outcome.seconds = time.monotonic() - begun
     return outcome
+
+
+def run_twin(name: str, stage: Stage) -> Caught:
+    """One twin; one that broke shows nothing."""
+    try:
+        return TWINS[name](stage)
+    except Exception as error:
+        return Caught(name, False, f"the twin broke: {_describe(error)}")
+
+
+def _describe(error: Exception) -> str:
+    if not isinstance(error, StuckError):
+        traceback.print_exc()
+    return f"{type(error).__name__}: {error}"
 
 
 def main() -> None:
@@ -74,7 +86,7 @@ def main() -> None:
             for problem in outcome.verdict.problems:
                 print(f"     {problem}", flush=True)
         for name in twins:
-            caught[name] = TWINS[name](stage)
+            caught[name] = run_twin(name, stage)
             print(f"{'ok  ' if caught[name].is_caught else 'FAIL'} {name}", flush=True)
     minutes = (time.monotonic() - started) / 60
     report = build_report(options.seed, minutes, outcomes, caught)

@@ -41,7 +41,8 @@ class Orders:
 
     `refuses`: an accepted value its contract does not know yet. `without`: what a twin takes away: "sweep"; "schema",
     which would put a missing guard back; "sessions", the end of a predecessor's sessions (a machine cut off by its
-    network keeps them, and the fence alone stands). `dies_at`: before which of its changes of the local disk it dies.
+    network keeps them, and the fence alone stands). `dies_at`: before which of its changes of the local disk it dies,
+    counting those of paths that hold `dies_on`.
     """
 
     dsn: str
@@ -57,6 +58,7 @@ class Orders:
     refuses: str = ""
     without: tuple[str, ...] = ()
     dies_at: int = 0
+    dies_on: str = ""
 
     @property
     def settings(self) -> Settings:
@@ -169,15 +171,15 @@ def land_plain(orders: Orders) -> dict[str, Any]:
     return {}
 
 
-def _die_at(number: int) -> None:
-    """kill -9 of this process right before so many a change of the local disk."""
+def _die_at(number: int, part: str) -> None:
+    """kill -9 of this process right before that change of the local disk."""
     changes = itertools.count(1)
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
         is_change = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") or (
             event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
         )
-        if is_change and next(changes) == number:
+        if is_change and part in f"{arguments[:2]}" and next(changes) == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
@@ -192,7 +194,7 @@ def run(orders: Orders, result: Path, log: Path) -> None:
     os.environ["DLT_DATA_DIR"] = str(log.parent / "dlt")
     action = {"land": land, "plain": land_plain}.get(orders.action, replay)
     if orders.dies_at:
-        _die_at(orders.dies_at)
+        _die_at(orders.dies_at, orders.dies_on)
     code = 0
     try:
         document = action(orders)

@@ -96,10 +96,11 @@ class Strikes:
             begun = self._database.query(newest)
             return lambda: self._database.query(newest) > begun
         self._id += 1
-        self._tell("select pg_advisory_lock(%s, %s), setval('prove.hits', 1, false)", LOCK_SPACE, self._id)
+        number = self._id
+        self._tell("select pg_advisory_lock(%s, %s), setval('prove.hits', 1, false)", LOCK_SPACE, number)
         self._tell(
             "insert into prove.strike values (%s, %s, %s, %s, %s)",
-            *(self._id, boundary.table, boundary.op, boundary.moment, skip),
+            *(number, boundary.table, boundary.op, boundary.moment, skip),
         )
         waiting = (
             "select 1 from pg_locks where locktype = 'advisory' and classid = %s and objid = %s and not granted "
