@@ -46,8 +46,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]  # public, not re-exported by name
+from confluent_kafka import KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec  # type: ignore[attr-defined]  # public, not re-exported by name
 
 POM = Path(__file__).parent / "kafka" / "pom.xml"
 CACHE_SETTING = "WAREHOUSE_KAFKA_CACHE"
@@ -304,16 +304,28 @@ class ApacheKafka:
         return self._admin
 
     def create_topic(self, name: str, partitions: int = 1, config: Mapping[str, str] | None = None) -> None:
-        """Create a topic and return when every partition of it has a leader."""
+        """Create a topic and return when every partition of it has a leader that answers for it."""
         topic = NewTopic(name, num_partitions=partitions, replication_factor=1, config=dict(config or {}))
         self.admin().create_topics([topic], operation_timeout=10)[name].result(timeout=15)
         deadline = time.monotonic() + 15
         while time.monotonic() < deadline:
             found = self.admin().list_topics(timeout=10).topics.get(name)
-            if found and len(found.partitions) == partitions and all(p.leader >= 0 for p in found.partitions.values()):
+            if found and len(found.partitions) == partitions and self._answers(name, partitions):
                 return
             time.sleep(0.02)
         raise HarnessError(f"topic {name} has no leader for each of its {partitions} partitions after 15 s")
+
+    def _answers(self, name: str, partitions: int) -> bool:
+        """Whether the log of every partition can be asked; its leader is named a moment before it takes over."""
+        places: dict[TopicPartition, OffsetSpec] = {
+            TopicPartition(name, partition): OffsetSpec.latest() for partition in range(partitions)
+        }
+        try:
+            for answer in self.admin().list_offsets(places, request_timeout=10).values():
+                answer.result()
+        except KafkaException:
+            return False
+        return True
 
     def delete_topic(self, name: str) -> None:
         """Delete a topic and return when it is gone from the metadata, so that it can be created anew."""
