@@ -310,12 +310,12 @@ class ApacheKafka:
         deadline = time.monotonic() + 15
         while time.monotonic() < deadline:
             found = self.admin().list_topics(timeout=10).topics.get(name)
-            if found and len(found.partitions) == partitions and self._answers(name, partitions):
+            if found and len(found.partitions) == partitions and self._leaders_answer(name, partitions):
                 return
             time.sleep(0.02)
         raise HarnessError(f"topic {name} has no leader for each of its {partitions} partitions after 15 s")
 
-    def _answers(self, name: str, partitions: int) -> bool:
+    def _leaders_answer(self, name: str, partitions: int) -> bool:
         """Whether the log of every partition can be asked; its leader is named a moment before it takes over."""
         places: dict[TopicPartition, OffsetSpec] = {
             TopicPartition(name, partition): OffsetSpec.latest() for partition in range(partitions)
