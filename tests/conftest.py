@@ -21,6 +21,10 @@ PROJECT = Path(__file__).resolve().parents[1]
 OWN_SETTINGS = ("WAREHOUSE_", "KAFKA_", "FX_API_")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def dlt_outside_of_home(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Loads link their working folders into dlt's own; the tests' do not belong into the user's."""

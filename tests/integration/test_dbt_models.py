@@ -39,6 +39,8 @@ from tests.harness.models import (
     uuid_of,
 )
 
+pytestmark = pytest.mark.long
+
 MAX_RATE_AGE_DAYS = 7
 # KWD is refused at the door, and the models must be right about it all the same: these rules are the door's.
 DOOR_RULES = "source:*"

@@ -33,6 +33,8 @@ from orchestration.sample.rates_api import RatesServer, serving
 from tests.harness.project_copy import copy_project, run_warehouse
 from tests.harness.records import payment
 
+pytestmark = pytest.mark.long
+
 PAYMENTS, USERS, RATES = "raw_payments.transaction_created", "raw_users.user_events", "raw_fx.daily_rates"
 TODAY = dt.datetime.now(dt.UTC).date()
 
@@ -304,7 +306,7 @@ def test_rows_that_are_back_are_counted_once(built: Warehouse, send: Send) -> No
     assert changed["fct_transactions"] == {day(3), day(5)}
 
     # Taken in: the rows change by the load they came back with, and nothing of the report does.
-    for gone, numbers in (([6, 10], [6, 5]), ([12], [5]), ([0, 10, 11, 12], [0, 5])):
+    for gone, numbers in (([6, 10], [6, 5]), ([0, 11, 12], [0, 5])):
         lose(built, *gone)
         foreseen, changed = replay_and_compare(built, PAYMENTS, ALL)
         assert foreseen == changed
