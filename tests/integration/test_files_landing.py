@@ -485,7 +485,8 @@ def test_a_kill_at_any_boundary_leaves_nothing_half(
     assert query(
         "select count(*)::int, count(distinct position)::int, count(distinct path)::int from raw_payments._files"
     ) == [(40, 40, 40)]
-    assert query("select count(*)::int from raw_payments._loads_begun where swept_at is not null")[0][0] >= 6
+    # Killed with rows or the ledger written: at least these had something to sweep.
+    assert query("select count(*)::int from raw_payments._loads_begun where swept_at is not null")[0][0] >= 4
 
 
 def test_twin_without_the_sweep_what_a_dead_load_noted_stands_in_the_way(
