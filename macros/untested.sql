@@ -1,0 +1,101 @@
+{#
+    What of a relation no data test has passed yet, as a condition: tests of big tables look at what loads brought since
+    (a new key cannot equal an old one, indexes see to that). `true`, which is all of it, when
+
+        - var `full_tests` is set: `dbt test --vars 'full_tests: true'`, once a day, finds what was changed by hand
+        - the build is a full refresh
+        - nothing is known: the first build, and every one after a test of the relation failed
+
+    relation: a model with `_last_load_id` (and `_fx_load_id`), or the raw table of a feed.
+#}
+{% macro untested(relation) -%}
+    {%- set table = adapter.get_relation(
+        database=target.database, schema=generate_schema_name('audit', none), identifier='tested_loads'
+    ) -%}
+    {%- if not execute or flags.FULL_REFRESH or var('full_tests') or table is none -%}
+        {{ return('true') }}
+    {%- endif -%}
+    {%- set marks = run_query(
+        "select load_column, load_id from " ~ table
+        ~ " where relation = '" ~ relation.schema ~ "." ~ relation.identifier ~ "'"
+    ) -%}
+    {%- set conditions = [] -%}
+    {%- for column, load_id in marks.rows -%}
+        {%- do conditions.append(column ~ " > '" ~ load_id ~ "'") -%}
+    {%- endfor -%}
+    {{ return('(' ~ conditions | join(' or ') ~ ')' if conditions else 'true') }}
+{%- endmacro %}
+
+
+{# What generic tests read: dbt calls this for each of them. #}
+{% macro postgres__get_where_subquery(relation) -%}
+    {%- set conditions = [untested(relation)] -%}
+    {%- if config.get('where') -%}
+        {%- do conditions.append('(' ~ config.get('where') ~ ')') -%}
+    {%- endif -%}
+    {%- if conditions == ['true'] -%}
+        {{ return(relation) }}
+    {%- endif -%}
+    {{ return('(select * from ' ~ relation ~ ' where ' ~ conditions | join(' and ') ~ ') as dbt_subquery') }}
+{%- endmacro %}
+
+
+{#
+    On-run-end: how far each relation is tested. It moves on when all of its tests have run and passed, and is forgotten
+    when one failed. A raw table is tested up to the last load committed before the run; the minute is for clocks that
+    disagree.
+#}
+{% macro note_tested_loads(results) -%}
+    {%- if not execute or flags.WHICH not in ('build', 'test') -%}
+        {{ return('') }}
+    {%- endif -%}
+    {%- set passed = {} -%}
+    {%- for result in results if result.node.resource_type == 'test' -%}
+        {%- do passed.update({result.node.unique_id: result.status | string in ('pass', 'warn')}) -%}
+    {%- endfor -%}
+    {%- if not passed -%}
+        {{ return('') }}
+    {%- endif -%}
+
+    {%- set tests_of = {} -%}
+    {%- for node in graph.nodes.values() if node.resource_type == 'test' -%}
+        {%- for parent in node.depends_on.nodes -%}
+            {%- do tests_of.setdefault(parent, []).append(node.unique_id) -%}
+        {%- endfor -%}
+    {%- endfor -%}
+
+    {%- set tested = generate_schema_name('audit', none) ~ '.tested_loads' -%}
+    {%- set statements = [
+        'create schema if not exists ' ~ generate_schema_name('audit', none),
+        'create table if not exists ' ~ tested
+        ~ ' (relation text, load_column text, load_id text not null, primary key (relation, load_column))',
+    ] -%}
+    {%- for parent, tests in tests_of.items() -%}
+        {%- set node = graph.nodes.get(parent) or graph.sources.get(parent) -%}
+        {%- set relation = node.schema ~ '.' ~ (node.alias or node.identifier) -%}
+        {%- set failed = tests | select('in', passed) | reject('in', passed.items() | selectattr(1) | map(attribute=0) | list) | list -%}
+        {%- set sources = {} -%}
+        {%- if node.resource_type == 'source' and node.source_name.startswith('raw_') -%}
+            {%- do sources.update({
+                '_dlt_load_id': "max(load_id) from ops.loads where feed = '" ~ node.source_name ~ "." ~ node.name
+                ~ "' and committed_at < timestamptz '" ~ run_started_at ~ "' - interval '1 minute'"
+            }) -%}
+        {%- elif node.resource_type == 'model' -%}
+            {%- for column in ['_last_load_id', '_fx_load_id'] if column in node.columns -%}
+                {%- do sources.update({column: 'max(' ~ column ~ ') from ' ~ relation}) -%}
+            {%- endfor -%}
+        {%- endif -%}
+        {%- if sources and failed -%}
+            {%- do statements.append("delete from " ~ tested ~ " where relation = '" ~ relation ~ "'") -%}
+        {%- elif sources and tests | reject('in', passed) | list == [] -%}
+            {%- for column, mark in sources.items() -%}
+                {%- do statements.append(
+                    "insert into " ~ tested ~ " select '" ~ relation ~ "', '" ~ column ~ "', mark from (select "
+                    ~ mark.replace(' from ', ' as mark from ', 1) ~ ") as reached where mark is not null"
+                    ~ " on conflict (relation, load_column) do update set load_id = excluded.load_id"
+                ) -%}
+            {%- endfor -%}
+        {%- endif -%}
+    {%- endfor -%}
+    {{ return(statements | join(';\n')) }}
+{%- endmacro %}
