@@ -361,9 +361,15 @@ TWINS = [
         ),
     ),
     Twin(
+        "intermediate.int_payments__daily_totals",
+        "update intermediate.int_payments__daily_totals set amount_minor = amount_minor + 1 where "
+        + one_row("intermediate.int_payments__daily_totals"),
+        frozenset({"int_payments__daily_totals__conserves_transactions"}),
+    ),
+    Twin(
         TOTALS,
         f"update {TOTALS} set transaction_count = transaction_count + 1 where {one_row(TOTALS)}",
-        frozenset({"int_payments__totals__are_alike"}),
+        frozenset({"int_payments__user_totals__conserves_transactions"}),
     ),
     Twin(
         REPORT,

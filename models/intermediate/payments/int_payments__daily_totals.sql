@@ -37,6 +37,7 @@ totals as (
         status,
         reporting_currency_code,
         count(*) as transaction_count,
+        cast(sum(event_count) as bigint) as event_count,
         count(*) filter (where not has_fx_rate) as unconverted_count,
         cast(sum(amount_minor) as bigint) as amount_minor,
         -- Nothing converted is not nothing earned: without a rate the converted amount is unknown, not zero.
