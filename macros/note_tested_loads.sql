@@ -8,8 +8,8 @@
         {{ return('') }}
     {%- endif -%}
     {%- set passed = {} -%}
-    {%- for result in results if result.node.resource_type == 'test' -%}
-        {%- do passed.update({result.node.unique_id: result.status | string in ('pass', 'warn')}) -%}
+    {%- for result in results if result.node.resource_type == 'test' and result.status in ('pass', 'warn', 'fail') -%}
+        {%- do passed.update({result.node.unique_id: result.status != 'fail'}) -%}
     {%- endfor -%}
     {%- if not passed -%}
         {{ return('') }}
@@ -31,7 +31,10 @@
     {%- for parent, tests in tests_of.items() -%}
         {%- set node = graph.nodes.get(parent) or graph.sources.get(parent) -%}
         {%- set relation = node.schema ~ '.' ~ (node.alias or node.identifier) -%}
-        {%- set failed = tests | select('in', passed) | reject('in', passed.items() | selectattr(1) | map(attribute=0) | list) | list -%}
+        {%- set outcomes = [] -%}
+        {%- for test in tests if test in passed -%}
+            {%- do outcomes.append(passed[test]) -%}
+        {%- endfor -%}
         {%- set sources = {} -%}
         {%- if node.resource_type == 'source' and node.source_name.startswith('raw_') -%}
             {%- do sources.update({
@@ -43,9 +46,9 @@
                 {%- do sources.update({column: 'max(' ~ column ~ ') from ' ~ relation}) -%}
             {%- endfor -%}
         {%- endif -%}
-        {%- if sources and failed -%}
+        {%- if sources and false in outcomes -%}
             {%- do statements.append("delete from " ~ tested ~ " where relation = '" ~ relation ~ "'") -%}
-        {%- elif sources and tests | reject('in', passed) | list == [] -%}
+        {%- elif sources and outcomes | length == tests | length -%}
             {%- for column, mark in sources.items() -%}
                 {%- do statements.append(
                     "insert into " ~ tested ~ " select '" ~ relation ~ "', '" ~ column ~ "', mark from (select "
