@@ -25,7 +25,7 @@ left join {{ ref('fct_transactions') }} as same on converted.transaction_id = sa
 where
     same.transaction_id is null
     {%- for measure in measures %}
-    or converted.{{ measure }} is distinct from same.{{ measure }}
+        or converted.{{ measure }} is distinct from same.{{ measure }}
     {%- endfor %}
 union all
 select facts.transaction_id

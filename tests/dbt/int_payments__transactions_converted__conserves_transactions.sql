@@ -17,7 +17,7 @@ left join {{ ref('int_payments__transactions_converted') }} as same on staged.tr
 where
     same.transaction_id is null
     {%- for measure in measures %}
-    or staged.{{ measure }} is distinct from same.{{ measure }}
+        or staged.{{ measure }} is distinct from same.{{ measure }}
     {%- endfor %}
 union all
 select converted.transaction_id

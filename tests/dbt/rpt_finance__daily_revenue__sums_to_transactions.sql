@@ -18,7 +18,7 @@ facts as (
     from {{ ref('fct_transactions') }}
     where
         status = 'completed'
-        {%- if changed != 'true' %}
+    {%- if changed != 'true' %}
         and occurred_date in {{ days_touched(ref('fct_transactions'), changed) }}
         {%- endif %}
     group by occurred_date, currency_code, country_code
