@@ -50,7 +50,7 @@ class copying_postgres(postgres):
         if config is not None:
             return super().capabilities(config, naming)
         known: dict[str | None, DestinationCapabilitiesContext] = self.__dict__.setdefault("_known_capabilities", {})
-        name = naming and naming.name()
+        name = None if naming is None else naming.name()
         if name not in known:
             known[name] = super().capabilities(None, naming)
         # dlt writes into what it is given.
