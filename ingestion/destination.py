@@ -6,7 +6,9 @@ piece takes Python's lock from the thread that decodes the next load.
 
 from typing import Any
 
+from dlt.common.destination import DestinationCapabilitiesContext
 from dlt.common.destination.client import LoadJob, RunnableLoadJob
+from dlt.common.normalizers.naming import NamingConvention
 from dlt.destinations import postgres
 from dlt.destinations.impl.postgres.postgres import PostgresClient, PostgresCsvCopyJob
 
@@ -40,6 +42,19 @@ class CopyClient(PostgresClient):
 
 class copying_postgres(postgres):
     """dlt's Postgres destination, loaded by `CopyJob`."""
+
+    def capabilities(
+        self, config: Any = None, naming: NamingConvention | None = None
+    ) -> DestinationCapabilitiesContext:
+        """What it can do: worked out once. dlt asks twenty times a load, and resolves its configuration each time."""
+        if config is not None:
+            return super().capabilities(config, naming)
+        known: dict[str | None, DestinationCapabilitiesContext] = self.__dict__.setdefault("_known_capabilities", {})
+        name = None if naming is None else naming.name()
+        if name not in known:
+            known[name] = super().capabilities(None, naming)
+        # dlt writes into what it is given.
+        return known[name].copy()
 
     @property
     def client_class(self) -> type[PostgresClient]:

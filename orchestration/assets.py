@@ -21,7 +21,7 @@ from ingestion.landing import Landing
 from orchestration import transform
 from orchestration.manifest import Manifest
 from orchestration.run import ingest
-from orchestration.session import RESOURCE_KEY, LogReporter, session_of, to_failure
+from orchestration.session import FULL_TESTS_TAG, RESOURCE_KEY, LogReporter, session_of, to_failure
 
 RAW_GROUP = "raw"
 # dagster-dbt writes dbt's unique id under this key on every asset and check it makes.
@@ -129,13 +129,19 @@ def build_dbt_assets(manifest: Manifest) -> dg.AssetsDefinition:
         failure: WarehouseError | None = None
         reporter = LogReporter(context)
         arguments = _selection(definition, manifest, context.selected_asset_keys, context.selected_asset_check_keys)
+        command = "build"
+        if FULL_TESTS_TAG in context.run.tags:
+            # A build would skip what stands on a table that failed.
+            command, arguments = "test", [*arguments, "--vars", "full_tests: true"]
         try:
             with (
                 session_of(context).attempt("build") as (settings, run),
                 run.step("build"),
                 reporter.task("dbt build") as task,
             ):
-                report = transform.run_build(settings, arguments, lambda _n, _s, done, due: task.update(done, due))
+                report = transform.run_build(
+                    settings, arguments, lambda _n, _s, done, due: task.update(done, due), command
+                )
                 transform.require_built(report)
         except WarehouseError as error:
             failure = error

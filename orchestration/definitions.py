@@ -1,4 +1,4 @@
-"""What Dagster loads: feeds, models and checks as assets, the job over all of them, its schedule.
+"""What Dagster loads: feeds, models and checks as assets, the jobs over them, their schedules.
 
     dagster definitions validate            is the code location sound?
     dagster dev                             the web interface and the daemon on this machine
@@ -17,9 +17,10 @@ from ingestion.feeds import load_feeds
 from ingestion.settings import Settings, load_settings
 from orchestration.assets import build_dbt_assets, build_feed_assets
 from orchestration.manifest import attach_tests, load_manifest
-from orchestration.session import RESOURCE_KEY, TRIGGER_TAG, build_session_resource
+from orchestration.session import FULL_TESTS_TAG, RESOURCE_KEY, TRIGGER_TAG, build_session_resource
 
 JOB = "warehouse"
+FULL_TESTS_JOB = "full_tests"
 
 
 def build_definitions(settings: Settings) -> dg.Definitions:
@@ -40,21 +41,31 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         # Where an instance retries runs, that is for killed ones: a failed step has said what may be retried.
         tags={"dagster/retry_on_asset_or_op_failure": "false"},
     )
-    hourly = dg.ScheduleDefinition(
-        name="hourly",
-        job=job,
-        cron_schedule="0 * * * *",
+    full_tests = dg.define_asset_job(
+        FULL_TESTS_JOB,
+        selection=dg.AssetSelection.all_asset_checks(),
+        description="Every data test over everything, and not only over what loads brought since it last passed.",
+        executor_def=executor,
+        tags={FULL_TESTS_TAG: "true", "dagster/retry_on_asset_or_op_failure": "false"},
+    )
+    return dg.Definitions(
+        assets=[*build_feed_assets(feeds, manifest), build_dbt_assets(manifest)],
+        jobs=[job, full_tests],
+        schedules=[_schedule("hourly", JOB, "0 * * * *"), _schedule("nightly", FULL_TESTS_JOB, "30 3 * * *")],
+        resources={RESOURCE_KEY: build_session_resource(settings)},
+        executor=executor,
+    )
+
+
+def _schedule(name: str, job: str, cron: str) -> dg.ScheduleDefinition:
+    return dg.ScheduleDefinition(
+        name=name,
+        job_name=job,
+        cron_schedule=cron,
         execution_timezone="UTC",
         tags={TRIGGER_TAG: "schedule"},
         # To open the web interface on a laptop must not start to read a production topic. Whoever deploys turns it on.
         default_status=dg.DefaultScheduleStatus.STOPPED,
-    )
-    return dg.Definitions(
-        assets=[*build_feed_assets(feeds, manifest), build_dbt_assets(manifest)],
-        jobs=[job],
-        schedules=[hourly],
-        resources={RESOURCE_KEY: build_session_resource(settings)},
-        executor=executor,
     )
 
 

@@ -27,6 +27,8 @@ from orchestration.services import running
 RESOURCE_KEY = "warehouse"
 # Of a run: who asked for it. What a person launches carries none.
 TRIGGER_TAG = "warehouse/trigger"
+# On a run whose data tests look at everything: see macros/untested.sql.
+FULL_TESTS_TAG = "warehouse/full_tests"
 
 # Classes for which the same attempt can succeed later. Data and configuration stay wrong until somebody changes them.
 RETRYABLE = frozenset({ErrorClass.TRANSIENT, ErrorClass.BUSY})

@@ -234,9 +234,11 @@ def build(settings: Settings, arguments: Sequence[str] = (), on_node: OnNode | N
     return report
 
 
-def run_build(settings: Settings, arguments: Sequence[str] = (), on_node: OnNode | None = None) -> BuildReport:
-    """`dbt build`, with what failed in the report: for a caller that has to tell what passed, too."""
-    return summarise(run_dbt(settings, ["build", *arguments], on_node))
+def run_build(
+    settings: Settings, arguments: Sequence[str] = (), on_node: OnNode | None = None, command: str = "build"
+) -> BuildReport:
+    """`dbt build` (or `test`), with what failed in the report: for a caller that has to tell what passed, too."""
+    return summarise(run_dbt(settings, [command, *arguments], on_node))
 
 
 def require_built(report: BuildReport) -> None:

@@ -1,21 +1,28 @@
-"""`make bench`: lands generated transactions from Apache Kafka by every contestant, interleaved, and prints ratios.
+"""`make bench`: what landing, building and starting cost, as ratios to a limit measured in the same run.
 
-    python -m tests.bench [--sizes 200000 1000000] [--rounds 1] [--contestants limit dlt warehouse]
+    python -m tests.bench [--parts landing growth models fixed] [--rounds 3]
+                          [--sizes 200000 1000000] [--contestants limit dlt warehouse] [--pasts 0 1000000 20000000]
 
-Everything on this machine: Apache Kafka from Maven, the embedded Postgres, one contestant at a time in a process of
-its own (its start-up counts) into a database of its own. Writes `.warehouse/bench/<time>.json`.
+    landing   generated transactions from Apache Kafka by every contestant, interleaved, one at a time in a process of
+              its own (its start-up counts) into a database of its own
+    growth    the same by ours, into tables that hold so many rows already
+    models    a build after a day's new rows, with so many there already
+    fixed     what a command costs before it does any work
+
+Everything on this machine: Apache Kafka from Maven, the embedded Postgres. Writes `.warehouse/bench/<time>.json`.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,11 +31,14 @@ from urllib.parse import quote
 import psycopg2
 import psycopg2.extensions
 
-from ingestion.settings import load_settings
+from ingestion.settings import Settings, load_settings
 from orchestration.sample import TRANSACTIONS, SampleSpec, generate, to_kafka
 from orchestration.services import erase, running
+from tests.bench import fixed as fixed_costs
+from tests.bench import models as builds
 from tests.bench.contestants import CONTESTANTS, PROJECT, Task
-from tests.bench.report import FOLDER, Runs, describe_machine, render_landing, summarise
+from tests.bench.history import fill as fill_past
+from tests.bench.report import FOLDER, Runs, describe_machine, render_growth, render_landing, summarise
 from tests.harness import apache_kafka
 
 PARTITIONS = 8
@@ -63,6 +73,29 @@ def measure(name: str, task: Task) -> dict[str, Any]:
     return result
 
 
+@dataclass
+class Servers:
+    """What all parts share: the brokers, the Postgres, and topics filled once."""
+
+    kafka: apache_kafka.ApacheKafka
+    settings: Settings
+    folder: Path
+    _filled: set[str] = field(default_factory=set)
+
+    @property
+    def dsn(self) -> str:
+        return self.settings.require("WAREHOUSE_DSN", "the embedded Postgres has one")
+
+    def topic(self, records: int) -> str:
+        """A topic with so many messages."""
+        name = f"bench_{records}"
+        if name not in self._filled:
+            print(f"filling a topic with {records:,} messages in {PARTITIONS} partitions", file=sys.stderr)
+            fill(self.kafka, name, records)
+            self._filled.add(name)
+        return name
+
+
 def fill(kafka: apache_kafka.ApacheKafka, topic: str, records: int) -> None:
     # The messages' own time is long past: the broker's retention would remove them within a minute.
     kafka.create_topic(topic, PARTITIONS, {"retention.ms": "-1"})
@@ -71,9 +104,81 @@ def fill(kafka: apache_kafka.ApacheKafka, topic: str, records: int) -> None:
     assert sum(sent.values()) == records, "the broker has every message"
 
 
+def landing(options: argparse.Namespace, servers: Servers) -> dict[str, Any]:
+    """Rows a second by every contestant, interleaved."""
+    results: Runs = {name: {} for name in options.contestants}
+    for size in options.sizes:
+        topic = servers.topic(size)
+        for round_ in range(options.rounds):
+            for name in options.contestants:
+                print(f"{name}: {size:,} records, round {round_ + 1}", file=sys.stderr)
+                with database(servers.dsn, "bench") as dsn, tempfile.TemporaryDirectory(dir=servers.folder) as work:
+                    task = Task(servers.kafka.bootstrap, topic, size, dsn, work)
+                    results[name].setdefault(size, []).append(measure(name, task))
+    return summarise(results, options.sizes)
+
+
+def growth(options: argparse.Namespace, servers: Servers) -> dict[str, Any]:
+    """Seconds to land the smallest and the largest size into tables with more and more rows."""
+    seconds: dict[int, dict[int, list[float]]] = {}
+    for past in (min(options.pasts), max(options.pasts)):
+        with database(servers.dsn, "bench") as dsn:
+            connection = psycopg2.connect(dsn, options="-c timezone=UTC")
+            fill_past(servers.settings, connection, past)
+            connection.autocommit = True
+            already = past
+            for _ in range(options.rounds):
+                for size in (min(options.sizes), max(options.sizes)):
+                    print(f"{size:,} records into {already:,}", file=sys.stderr)
+                    with tempfile.TemporaryDirectory(dir=servers.folder) as work:
+                        task = Task(servers.kafka.bootstrap, servers.topic(size), size, dsn, work, already)
+                        seconds.setdefault(past, {}).setdefault(size, []).append(measure("warehouse", task)["seconds"])
+                    already += size
+                    with connection.cursor() as cursor:
+                        # The same messages are new ones once more.
+                        cursor.execute("update raw_payments._streams set origin = 'embedded-' || stream_id")
+                        cursor.execute("checkpoint")
+            connection.close()
+    return {
+        str(past): {str(size): statistics.median(runs) for size, runs in by_size.items()}
+        for past, by_size in seconds.items()
+    }
+
+
+def models(options: argparse.Namespace, servers: Servers) -> dict[str, Any]:
+    """Seconds of a build after a day's new rows, by how many are there."""
+    figures = {}
+    for past in filter(None, options.pasts):
+        with database(servers.dsn, "bench") as dsn:
+            figures[past] = builds.measure(servers.settings, dsn, past, options.rounds)
+    return figures
+
+
+def fixed(options: argparse.Namespace, servers: Servers) -> dict[str, Any]:
+    """Seconds before any work."""
+    with database(servers.dsn, "bench") as dsn:
+        return fixed_costs.measure(
+            servers.settings.with_env(WAREHOUSE_DSN=dsn),
+            servers.kafka.bootstrap,
+            lambda topic: servers.kafka.create_topic(topic, PARTITIONS, {"retention.ms": "-1"}),
+            options.rounds,
+        )
+
+
+# Name -> what measures it, and what prints it.
+PARTS: dict[str, tuple[Callable[[argparse.Namespace, Servers], dict[str, Any]], Callable[[Any], str]]] = {
+    "landing": (landing, render_landing),
+    "growth": (growth, render_growth),
+    "models": (models, builds.render),
+    "fixed": (fixed, fixed_costs.render),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[200_000, 1_000_000])
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--sizes", type=int, nargs="+", default=[200_000, 1_000_000], help="records to land")
+    parser.add_argument("--pasts", type=int, nargs="+", default=[0, 1_000_000, 5_000_000, 20_000_000])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     options = parser.parse_args()
@@ -81,27 +186,16 @@ def main() -> None:
     if reason is not None:
         raise SystemExit(f"The bench needs Apache Kafka: {reason}")
 
-    results: Runs = {name: {} for name in options.contestants}
+    report: dict[str, Any] = {"machine": describe_machine()}
     with tempfile.TemporaryDirectory(prefix="warehouse-bench-") as folder, apache_kafka.ApacheKafka() as kafka:
         home = replace(load_settings(PROJECT), home=Path(folder) / "home", env={"PATH": os.environ["PATH"]})
         with running(home) as settings:
-            server = settings.require("WAREHOUSE_DSN", "the embedded Postgres has one")
-            for size in options.sizes:
-                topic = f"bench_{size}"
-                print(f"filling a topic with {size:,} messages in {PARTITIONS} partitions", file=sys.stderr)
-                fill(kafka, topic, size)
-                for round_ in range(options.rounds):
-                    for name in options.contestants:
-                        print(f"{name}: {size:,} records, round {round_ + 1}", file=sys.stderr)
-                        with (
-                            database(server, "bench") as dsn,
-                            tempfile.TemporaryDirectory(dir=folder) as work,
-                        ):
-                            task = Task(kafka.bootstrap, topic, size, dsn, work)
-                            results[name].setdefault(size, []).append(measure(name, task))
+            servers = Servers(kafka, settings, Path(folder))
+            for part in options.parts:
+                run, render = PARTS[part]
+                report[part] = run(options, servers)
+                print(render(report[part]) + "\n", flush=True)
         erase(home, force=True)
-    report = {"machine": describe_machine(), "landing": summarise(results, options.sizes)}
-    print(render_landing(report["landing"]))
     FOLDER.mkdir(parents=True, exist_ok=True)
     target = FOLDER / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
     target.write_text(json.dumps(report, indent=2) + "\n")

@@ -24,13 +24,14 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Task:
-    """What to land: `records` of a topic, from `bootstrap` into the (fresh) database of `dsn`."""
+    """What to land: `records` of a topic, from `bootstrap` into the database of `dsn`, which holds `already` rows."""
 
     bootstrap: str
     topic: str
     records: int
     dsn: str
     folder: str
+    already: int = 0
 
 
 def consume(task: Task) -> Iterator[list[Any]]:
@@ -187,8 +188,8 @@ def main() -> None:
         cursor.execute(f"select count(*) from {TABLES[name]}")
         (rows,) = cursor.fetchone() or (0,)
     connection.close()
-    if rows != task.records:
-        raise RuntimeError(f"{name} brought {rows} of {task.records} rows")
+    if rows != task.already + task.records:
+        raise RuntimeError(f"{name} brought {rows - task.already} of {task.records} rows")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"seconds": seconds, "rows": rows, "peak_mb": peak}))
 

@@ -87,6 +87,17 @@ def render_landing(report: dict[str, Any]) -> str:
     return table
 
 
+def render_growth(report: dict[str, dict[str, float]]) -> str:
+    """The table: rows a second between the two sizes, by the rows that are there; ratio to the least."""
+    rates = {}
+    for past, seconds in report.items():
+        small, large = sorted(seconds, key=int)[0], sorted(seconds, key=int)[-1]
+        rates[past] = (int(large) - int(small)) / (seconds[large] - seconds[small])
+    least = rates[min(rates, key=int)]
+    rows = [(f"{int(past):,} rows", round(rate), f"{rate / least:.2f}") for past, rate in rates.items()]
+    return render_table(("landed into", "rows/s, marginal", "to the least"), rows, indent="")
+
+
 def flatten(figures: Any, path: str = "") -> dict[str, float]:
     """Every figure of a report under its path; single runs left out."""
     if isinstance(figures, dict):

@@ -1,35 +1,34 @@
--- By currency, status and day, the fact holds the transactions, events and amounts of the intermediate model.
-{% set measures %}
-    occurred_date,
-    currency_code,
-    status,
-    count(*) as transactions,
-    count(*) filter (where has_fx_rate) as converted,
-    sum(event_count) as events,
-    sum(amount_minor) as amount_minor,
-    sum(reporting_amount_minor) as reporting_amount_minor
-{% endset %}
+-- Each transaction of the intermediate model is in the fact, with its amounts, and no other.
+{% set measures = [
+    'occurred_date',
+    'currency_code',
+    'status',
+    'has_fx_rate',
+    'event_count',
+    'amount_minor',
+    'reporting_amount_minor',
+] %}
 
 with converted as (
-    select {{ measures }}
-    from {{ ref('int_payments__transactions_converted') }}
-    group by occurred_date, currency_code, status
+    select * from {{ ref('int_payments__transactions_converted') }}
+    where {{ untested(ref('int_payments__transactions_converted')) }}
 ),
 
 facts as (
-    select {{ measures }}
-    from {{ ref('fct_transactions') }}
-    group by occurred_date, currency_code, status
+    select * from {{ ref('fct_transactions') }}
+    where {{ untested(ref('fct_transactions')) }}
 )
 
-(
-    select * from converted
-    except
-    select * from facts
-)
+select converted.transaction_id
+from converted
+left join {{ ref('fct_transactions') }} as same on converted.transaction_id = same.transaction_id
+where
+    same.transaction_id is null
+    {%- for measure in measures %}
+        or converted.{{ measure }} is distinct from same.{{ measure }}
+    {%- endfor %}
 union all
-(
-    select * from facts
-    except
-    select * from converted
-)
+select facts.transaction_id
+from facts
+left join {{ ref('int_payments__transactions_converted') }} as same on facts.transaction_id = same.transaction_id
+where same.transaction_id is null

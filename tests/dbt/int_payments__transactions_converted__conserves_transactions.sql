@@ -1,32 +1,26 @@
--- By currency and status, conversion neither loses nor adds a transaction, an event or an amount.
-{% set measures %}
-    currency_code,
-    status,
-    count(*) as transactions,
-    sum(event_count) as events,
-    sum(amount_minor) as amount_minor
-{% endset %}
+-- Each transaction of staging is converted, with its state, and no other.
+{% set measures = ['currency_code', 'status', 'event_count', 'amount_minor'] %}
 
 with staged as (
-    select {{ measures }}
-    from {{ ref('stg_payments__transactions') }}
-    group by currency_code, status
+    select * from {{ ref('stg_payments__transactions') }}
+    where {{ untested(ref('stg_payments__transactions')) }}
 ),
 
 converted as (
-    select {{ measures }}
-    from {{ ref('int_payments__transactions_converted') }}
-    group by currency_code, status
+    select * from {{ ref('int_payments__transactions_converted') }}
+    where {{ untested(ref('int_payments__transactions_converted')) }}
 )
 
-(
-    select * from staged
-    except
-    select * from converted
-)
+select staged.transaction_id
+from staged
+left join {{ ref('int_payments__transactions_converted') }} as same on staged.transaction_id = same.transaction_id
+where
+    same.transaction_id is null
+    {%- for measure in measures %}
+        or staged.{{ measure }} is distinct from same.{{ measure }}
+    {%- endfor %}
 union all
-(
-    select * from converted
-    except
-    select * from staged
-)
+select converted.transaction_id
+from converted
+left join {{ ref('stg_payments__transactions') }} as same on converted.transaction_id = same.transaction_id
+where same.transaction_id is null

@@ -2,7 +2,9 @@
 -- converted amount is within one minor unit of amount times rate.
 with converted as (
     select * from {{ ref('int_payments__transactions_converted') }}
-    where currency_code <> reporting_currency_code
+    where
+        currency_code <> reporting_currency_code
+        and {{ untested(ref('int_payments__transactions_converted')) }}
 ),
 
 rates as (

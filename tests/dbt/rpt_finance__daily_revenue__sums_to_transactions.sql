@@ -1,5 +1,7 @@
 -- By day, currency and country, revenue is the sum of the completed transactions, in minor units; and major units
 -- say the same by the currency's exponent.
+{%- set changed = untested(ref('fct_transactions')) %}
+
 with currencies as (
     select * from {{ ref('currencies') }}
 ),
@@ -14,7 +16,11 @@ facts as (
         sum(amount_minor) as revenue_minor,
         sum(reporting_amount_minor) as reporting_revenue_minor
     from {{ ref('fct_transactions') }}
-    where status = 'completed'
+    where
+        status = 'completed'
+    {%- if changed != 'true' %}
+        and occurred_date in {{ days_touched(ref('fct_transactions'), changed) }}
+        {%- endif %}
     group by occurred_date, currency_code, country_code
 ),
 
@@ -27,6 +33,9 @@ report as (
     left join currencies on report.currency_code = currencies.currency_code
     left join currencies as reporting_currency
         on report.reporting_currency_code = reporting_currency.currency_code
+    {%- if changed != 'true' %}
+    where report.revenue_date in {{ days_touched(ref('fct_transactions'), changed) }}
+    {%- endif %}
 )
 
 select

@@ -47,7 +47,7 @@ from pathlib import Path
 from types import TracebackType
 
 from confluent_kafka import KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec  # type: ignore[attr-defined]  # public, not re-exported by name
+from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 
 POM = Path(__file__).parent / "kafka" / "pom.xml"
 CACHE_SETTING = "WAREHOUSE_KAFKA_CACHE"

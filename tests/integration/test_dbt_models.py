@@ -44,6 +44,7 @@ pytestmark = pytest.mark.long
 MAX_RATE_AGE_DAYS = 7
 # KWD is refused at the door, and the models must be right about it all the same: these rules are the door's.
 DOOR_RULES = "source:*"
+EVERYTHING = ("--vars", "full_tests: true")
 
 
 def latest_states(landed: Sequence[Payment]) -> dict[str, Payment]:
@@ -261,6 +262,7 @@ def one_row(table: str, where: str = "true") -> str:
 STAGED = "staging.stg_payments__transactions"
 CONVERTED = "intermediate.int_payments__transactions_converted"
 FACTS = "marts.fct_transactions"
+TOTALS = "intermediate.int_payments__user_totals"
 REPORT = "marts.rpt_finance__daily_revenue"
 COMPLETED = "status = 'completed'"
 YEN = "currency_code = 'JPY'"
@@ -359,6 +361,17 @@ TWINS = [
         ),
     ),
     Twin(
+        "intermediate.int_payments__daily_totals",
+        "update intermediate.int_payments__daily_totals set amount_minor = amount_minor + 1 where "
+        + one_row("intermediate.int_payments__daily_totals"),
+        frozenset({"int_payments__daily_totals__conserves_transactions"}),
+    ),
+    Twin(
+        TOTALS,
+        f"update {TOTALS} set transaction_count = transaction_count + 1 where {one_row(TOTALS)}",
+        frozenset({"int_payments__user_totals__conserves_transactions"}),
+    ),
+    Twin(
         REPORT,
         f"update {REPORT} set revenue_minor = revenue_minor + 1 where {one_row(REPORT)}",
         frozenset({"rpt_finance__daily_revenue__sums_to_transactions"}),
@@ -413,11 +426,123 @@ def test_checks_catch_what_they_are_for(dbt: Dbt, log: RawLog, connection: psyco
     for twin in TWINS:
         execute(connection, f"create table kept as table {twin.broken}")
         execute(connection, twin.how)
-        _, results = dbt("test", "--select", *sorted(twin.caught_by))
+        _, results = dbt("test", "--select", *sorted(twin.caught_by), *EVERYTHING)
         assert failed_tests(results) == twin.caught_by, str(twin)
         execute(connection, f"truncate {twin.broken}; insert into {twin.broken} table kept; drop table kept")
-    succeeded, results = dbt("test", "--select", "test_type:data")
+    succeeded, results = dbt("test", "--select", "test_type:data", *EVERYTHING)
     assert succeeded, failures(results)
+
+
+def test_tests_look_at_what_is_new(dbt: Dbt, log: RawLog, connection: psycopg2.extensions.connection) -> None:
+    """What passed is not looked at again by a build, but for a test that failed, and when all is to be looked at."""
+    land_sample(log)
+    only_data = ("--exclude-resource-type", "unit_test")
+    succeeded, results = dbt("build", *only_data)
+    assert succeeded, failures(results)
+    uses_the_rate = "int_payments__transactions_converted__uses_the_days_rate"
+
+    def wrong(where: str) -> set[str]:
+        execute(connection, f"update {CONVERTED} set fx_rate = fx_rate * 2 where {one_row(CONVERTED, where)}")
+        return failed_tests(dbt("test", "--select", "test_type:data")[1])
+
+    assert wrong(EURO) == set()
+    # The twin: an old row is found as soon as all is looked at; and once found, until it is mended.
+    for _ in range(2):
+        _, results = dbt("test", "--select", uses_the_rate, *EVERYTHING)
+        assert failed_tests(results) == {uses_the_rate}
+        _, results = dbt("test", "--select", "test_type:data")
+        assert failed_tests(results) == {uses_the_rate}
+    succeeded, results = dbt("build", "--full-refresh", *only_data)
+    assert succeeded, failures(results)
+
+    # What a load brought is looked at, and what a new rate changed.
+    marks = "select relation, load_column, load_id from audit.tested_loads order by 1, 2"
+    before = query(connection, marks)
+    load_id = log.land(TRANSACTIONS, make_payments(seed=5, transactions=40, currencies=["EUR"])[0][0])
+    dbt.run()
+    assert wrong(f"_last_load_id = '{load_id}' and amount_minor > 0") == {uses_the_rate}
+    dbt.run("--full-refresh")
+    succeeded, results = dbt("build", *only_data)
+    assert succeeded, failures(results)
+    after = query(connection, marks)
+    assert len(after) == len(before) > 0
+    assert (CONVERTED, "_last_load_id", load_id) in after
+
+    # The two ways to read a relation, in the same words as dbt's own tests.
+    execute(connection, f"update {CONVERTED} set reporting_currency_code = 'EUR' where {one_row(CONVERTED, EURO)}")
+    named = "accepted_values_int_payments__transactions_converted_reporting_currency_code___var_reporting_currency_"
+    assert failed_tests(dbt("test", "--select", named)[1]) == set()
+    assert failed_tests(dbt("test", "--select", named, *EVERYTHING)[1]) == {named}
+
+
+@pytest.mark.timeout(600)
+def test_totals_count_on_or_count_again(
+    dbt: Dbt, log: RawLog, connection: psycopg2.extensions.connection, database_dsn: str
+) -> None:
+    """Sums follow what changed; where what was counted cannot be known, everything is counted again."""
+    event = Payment(
+        uuid_of(1), Decimal("5.00"), "EUR", "usr_000001", "mer_00001", "DE",
+        datetime(2025, 3, 3, 12, tzinfo=UTC), "completed",
+    )  # fmt: skip
+    later = replace(event, transaction_id=uuid_of(2), country="FR", created_at=event.created_at + timedelta(hours=1))
+    day, own = timedelta(days=1), replace(event, user_id="usr_000003")
+    converted = ["stg_payments__transactions", "int_payments__transactions_converted"]
+    profile = make_user_events(seed=8, events=20)
+
+    def compare() -> None:
+        dbt.run()
+        dbt.run("--full-refresh", schema="full")
+        assert_same_rows(database_dsn, dbt.relations(), "full")
+
+    def counted_on() -> bool:
+        folder = dbt.scratch / "analytics" / "compiled" / "payments_warehouse" / "models" / "intermediate" / "payments"
+        return "full outer join known" in (folder / "int_payments__user_totals.sql").read_text(encoding="utf-8")
+
+    for schema in ("analytics", "full"):
+        dbt("seed", schema=schema)
+    log.land(TRANSACTIONS, [event, later, replace(later, transaction_id=uuid_of(3), user_id="usr_000002")])
+    log.land(RATES, publish(days_from(date(2025, 2, 20), 30), seed=1))
+    log.land(USER_EVENTS, profile[0])
+    compare()
+
+    # No longer completed, on another day, in another country; and one that came to be the first.
+    log.land(TRANSACTIONS, [replace(event, status="failed", country="NL", created_at=event.created_at + 2 * day)])
+    log.land(TRANSACTIONS, [replace(later, transaction_id=uuid_of(4), created_at=event.created_at - 3 * day)])
+    log.land(USER_EVENTS, profile[1])
+    compare()
+    assert counted_on()
+    # An older event of it, a redelivery, a new rate of its day.
+    log.land(TRANSACTIONS, [replace(event, created_at=event.created_at - 9 * day), later])
+    log.land(RATES, publish([date(2025, 3, 5)], seed=2))
+    compare()
+    assert counted_on()
+    # A new rate alone, between two states.
+    log.land(TRANSACTIONS, [replace(later, status="failed", created_at=later.created_at + day)])
+    dbt.run("--select", *converted)
+    log.land(RATES, publish([date(2025, 3, 4)], seed=3))
+    compare()
+    assert counted_on()
+
+    # Two states of a transaction since the last count, one of them never counted.
+    log.land(TRANSACTIONS, [replace(later, status="completed", created_at=later.created_at + 2 * day)])
+    dbt.run("--select", *converted)
+    log.land(TRANSACTIONS, [replace(later, status="failed", created_at=later.created_at + 3 * day)])
+    compare()
+    assert not counted_on()
+    # A transaction that leaves its user and merchant; an event that leaves its user.
+    log.land(TRANSACTIONS, [replace(own, merchant_id="mer_00002", created_at=event.created_at + 5 * day)])
+    log.land(USER_EVENTS, [replace(profile[0][0], user_id="usr_777777", occurred_at=datetime(2025, 6, 1, tzinfo=UTC))])
+    compare()
+    assert not counted_on()
+    # Forgotten by a full refresh of what they are counted from.
+    log.land(TRANSACTIONS, [replace(own, merchant_id="mer_00002", created_at=event.created_at + 6 * day)])
+    dbt.run("--select", converted[0])
+    dbt.run("--full-refresh", "--select", "int_payments__transactions_converted")
+    compare()
+    assert not counted_on()
+    log.land(TRANSACTIONS, [replace(own, transaction_id=uuid_of(9))])
+    compare()
+    assert counted_on()
 
 
 CONSTRAINTS = [

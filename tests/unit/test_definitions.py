@@ -132,12 +132,12 @@ def test_every_model_and_seed_is_an_asset(definitions: dg.Definitions, manifest:
     assert nodes <= {spec.metadata.get(UNIQUE_ID) for spec in specs_of(definitions).values()}
 
 
-def test_the_hourly_run_says_that_a_schedule_asked_for_it(definitions: dg.Definitions) -> None:
-    (schedule,) = definitions.schedules or []
-    assert isinstance(schedule, dg.ScheduleDefinition)
-    with dg.instance_for_test() as instance, dg.build_schedule_context(instance=instance) as context:
-        (request,) = schedule.evaluate_tick(context).run_requests or []
-    assert request.tags[TRIGGER_TAG] == "schedule"
+def test_a_scheduled_run_says_that_a_schedule_asked_for_it(definitions: dg.Definitions) -> None:
+    for schedule in definitions.schedules or []:
+        assert isinstance(schedule, dg.ScheduleDefinition)
+        with dg.instance_for_test() as instance, dg.build_schedule_context(instance=instance) as context:
+            (request,) = schedule.evaluate_tick(context).run_requests or []
+        assert request.tags[TRIGGER_TAG] == "schedule"
 
 
 def data_test(name: str, *parents: str, **more: Any) -> dict[str, Any]:

@@ -46,6 +46,13 @@ currencies as (
     ),
 {% endif %}
 
+{% if is_incremental() %}
+    before as (
+        select * from {{ this }}
+        where transaction_id in (select touched.transaction_id from touched)
+    ),
+{% endif %}
+
 scoped as (
     select * from transactions
     {% if is_incremental() %}
@@ -77,7 +84,7 @@ joined as (
 
 -- Divided once and rounded once, by the prices as published: rounding the quotient first would lose a minor unit
 -- where the exact result lies on a half.
-final as (
+converted as (
     select
         transaction_id,
         user_id,
@@ -108,9 +115,39 @@ final as (
         event_count,
         _loaded_at,
         _dlt_load_id,
+        _first_load_id,
         _last_load_id,
         case when not is_reporting_currency then _fx_load_id end as _fx_load_id
     from joined
+),
+
+-- What the row said before, for models that count on instead of counting again (see macros/follows_changes.sql): it
+-- stayed with its parties and only grew in time. A new rate alone is no new version.
+final as (
+    select
+        converted.*,
+        {% if is_incremental() -%}
+            case
+                when converted._last_load_id = before._last_load_id then before._previous_status
+                else before.status
+            end as _previous_status,
+            case
+                when converted._last_load_id = before._last_load_id then before._previous_load_id
+                when
+                    converted.user_id = before.user_id
+                    and converted.merchant_id = before.merchant_id
+                    and converted.occurred_at >= before.occurred_at
+                    and converted.first_occurred_at <= before.first_occurred_at
+                    then before._last_load_id
+            end as _previous_load_id
+        {%- else -%}
+            cast(null as text) as _previous_status,
+            cast(null as text) as _previous_load_id
+        {%- endif %}
+    from converted
+    {% if is_incremental() -%}
+        left join before on converted.transaction_id = before.transaction_id
+    {%- endif %}
 )
 
 select * from final

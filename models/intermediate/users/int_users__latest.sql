@@ -20,13 +20,21 @@
     '_kafka_offset desc',
 ] | join(', ') %}
 
-with events as (
+{%- set only_changes = follows_changes(ref('stg_users__events'), 'raw_users', 'user_events') %}
+
+-- Not materialized: read twice, and an incremental run must find the users' events by index.
+with events as not materialized (
     select * from {{ ref('stg_users__events') }}
 ),
 
--- From all events each time: a redelivery may name another user than the event did before, and the first one's row
--- would not hear of it from the new loads alone.
-final as (
+{% if only_changes %}
+    changed as (
+        select distinct user_id from events
+        where _last_load_id > {{ high_water_mark() }}
+    ),
+{% endif %}
+
+latest as (
     select
         user_id,
         {% for attribute in ['email', 'full_name', 'phone', 'ip_address', 'country_code'] -%}
@@ -49,7 +57,19 @@ final as (
         cast(sum(event_count) as bigint) as delivery_count,
         max(_last_load_id) as _last_load_id
     from events
+    {% if only_changes %}
+        where user_id in (select changed.user_id from changed)
+    {% endif %}
     group by user_id
+),
+
+final as (
+    select * from latest
+    {% if only_changes %}
+        union all
+        select * from {{ this }}
+        where user_id not in (select changed.user_id from changed)
+    {% endif %}
 )
 
 select * from final

@@ -4,19 +4,8 @@ with profiles as (
     select * from {{ ref('int_users__latest') }}
 ),
 
-transactions as (
-    select * from {{ ref('int_payments__transactions_converted') }}
-),
-
 paying_users as (
-    select
-        user_id,
-        min(first_occurred_at) as first_transaction_at,
-        max(occurred_at) as last_transaction_at,
-        count(*) as transaction_count,
-        count(*) filter (where status = 'completed') as completed_transaction_count
-    from transactions
-    group by user_id
+    select * from {{ ref('int_payments__user_totals') }}
 ),
 
 -- Neither feed waits for the other: a payment may come before the sign-up, or without one.

@@ -1,7 +1,7 @@
 {{ config(unique_key=['revenue_date', 'currency_code', 'country_code']) }}
 
-with transactions as (
-    select * from {{ ref('fct_transactions') }}
+with totals as (
+    select * from {{ ref('int_payments__daily_totals') }}
 ),
 
 currencies as (
@@ -14,14 +14,12 @@ revenue as (
         currency_code,
         country_code,
         reporting_currency_code,
-        count(*) as transaction_count,
-        count(*) filter (where not has_fx_rate) as unconverted_count,
-        cast(sum(amount_minor) as bigint) as revenue_minor,
-        -- Nothing converted is not nothing earned: without a rate the converted amount is unknown, not zero.
-        cast(sum(reporting_amount_minor) as bigint) as reporting_revenue_minor
-    from transactions
-    where is_completed
-    group by occurred_date, currency_code, country_code, reporting_currency_code
+        transaction_count,
+        unconverted_count,
+        amount_minor as revenue_minor,
+        reporting_amount_minor as reporting_revenue_minor
+    from totals
+    where status = 'completed'
 ),
 
 final as (

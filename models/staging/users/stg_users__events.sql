@@ -34,7 +34,9 @@ new_events as (
         _loaded_at,
         _dlt_load_id,
         _dlt_load_id as _first_load_id,
-        _dlt_load_id as _last_load_id
+        _dlt_load_id as _last_load_id,
+        cast(null as text) as _previous_user_id,
+        cast(null as text) as _previous_load_id
     from events
 ),
 
@@ -60,7 +62,9 @@ all_events as (
             _loaded_at,
             _dlt_load_id,
             _first_load_id,
-            _last_load_id
+            _last_load_id,
+            user_id as _previous_user_id,
+            _last_load_id as _previous_load_id
         from {{ this }}
         where event_id in {{ keys_to_fold('new_events', ['event_id'], 'raw_users', 'user_events') }}
     {% endif %}
@@ -78,7 +82,11 @@ ranked as (
             '_kafka_partition desc',
             '_kafka_offset desc',
         ],
-        folds={'_folded_first_load_id': 'min(_first_load_id)'},
+        folds={
+            '_folded_first_load_id': 'min(_first_load_id)',
+            '_folded_user_id': 'max(_previous_user_id)',
+            '_folded_previous_load_id': 'max(_previous_load_id)',
+        },
     ) }}
 ),
 
@@ -101,7 +109,8 @@ final as (
         _loaded_at,
         _dlt_load_id,
         _folded_first_load_id as _first_load_id,
-        _folded_load_id as _last_load_id
+        _folded_load_id as _last_load_id,
+        case when user_id = _folded_user_id then _folded_previous_load_id end as _previous_load_id
     from ranked
     where _rank = 1
 )

@@ -3,10 +3,14 @@
     is not in the currencies seed. The loader enforces the same rule on each record before it lands.
 #}
 {% test exact_in_currency(model, column_name, currency_column) %}
+    with amounts as (
+        select * from {{ model }}
+    )
+
     select
         amounts.{{ currency_column }},
         amounts.{{ column_name }}
-    from {{ model }} as amounts
+    from amounts
     left join {{ ref('currencies') }} as currencies
         on amounts.{{ currency_column }} = currencies.currency_code
     where

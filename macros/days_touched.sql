@@ -1,0 +1,16 @@
+{#
+    Days whose sums changed rows of a relation may have changed, as a subquery for `in`: a transaction stood on no day
+    before its first event and on none after its latest, so every day in between.
+
+    condition: what tells the changed rows.
+#}
+{% macro days_touched(relation, condition) -%}
+    (
+        select distinct cast(days.day as date)
+        from {{ relation }} as changed
+        cross join lateral generate_series(
+            {{ utc_date('changed.first_occurred_at') }}, changed.occurred_date, interval '1 day'
+        ) as days (day)
+        where {{ condition }}
+    )
+{%- endmacro %}
