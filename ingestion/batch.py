@@ -483,17 +483,19 @@ class MessageBatch:
     """Messages by column. Within a partition they come in the order of their offsets."""
 
     def __init__(self, messages: Sequence[Message]) -> None:
-        self.values: list[bytes | None] = [message.value() for message in messages]
-        self.keys: list[bytes | None] = [message.key() for message in messages]
-        self._partitions = pa.array([message.partition() for message in messages], pa.int32())
-        self._offsets = pa.array([message.offset() for message in messages], pa.int64())
+        # Methods mapped over the messages: half the time of calling each.
+        kind: Any = type(messages[0]) if messages else Message
+        self.values: list[bytes | None] = list(map(kind.value, messages))
+        self.keys: list[bytes | None] = list(map(kind.key, messages))
+        self._partitions = pa.array(list(map(kind.partition, messages)), pa.int32())
+        self._offsets = pa.array(list(map(kind.offset, messages)), pa.int64())
         # Unpacked at once: 20,000 pairs kept would set off Python's garbage collector.
         times = [
-            None if kind == TIMESTAMP_NOT_AVAILABLE else milliseconds
-            for kind, milliseconds in map(type(messages[0]).timestamp if messages else Message.timestamp, messages)
+            None if source == TIMESTAMP_NOT_AVAILABLE else milliseconds
+            for source, milliseconds in map(kind.timestamp, messages)
         ]
         self._times = pa.array(times, pa.int64())
-        headers = [message.headers() for message in messages]
+        headers = list(map(kind.headers, messages))
         self._headers = [headers_json(given) if given else None for given in headers] if any(headers) else None
 
     def __len__(self) -> int:

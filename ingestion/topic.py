@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 # Records, and bytes of them, read into one load: what a killed run repeats, and what the next load overlaps with.
 # Bounds the disk its files take, not the memory.
-RECORDS_PER_LOAD = 200_000
+RECORDS_PER_LOAD = 300_000
 BYTES_PER_LOAD = 1 << 30
 
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
@@ -147,6 +147,9 @@ class _TopicLoads:
         with ThreadPoolExecutor(1, "commit") as thread, _collecting_between_loads():
             while True:
                 try:
+                    if self._under_way is not None:
+                        # While it is committed, which takes the longer way.
+                        self._tidy_up()
                     reading = (
                         self._read(lambda taken: progress(landing.offered + taken, total)) if self._is_due() else None
                     )
@@ -164,6 +167,7 @@ class _TopicLoads:
                 self._under_way = (reading, thread.submit(self._load, reading.package))
                 if self._suspicion.is_careful:
                     self._settle(landing)
+        self._tidy_up()
         self._suspicion.settle()
 
     def _is_due(self) -> bool:
@@ -197,13 +201,16 @@ class _TopicLoads:
             raise
         landing.add(reading.package)
         landing.reasons.update(reading.reasons)
-        gc.collect()
-        ledger.summarize(self._connection, self._writer.feed)
         limit = self._suspicion.limit
         self._suspicion.committed({p: tally.next for p, tally in reading.tallies.items()})
         if self._suspicion.limit != limit:
             self._batches = self._reader.read(self._topic, self._positions, self._suspicion.limit)
         return True
+
+    def _tidy_up(self) -> None:
+        """What the loads before left behind: Python's garbage, and pages the index does not know."""
+        gc.collect()
+        ledger.summarize(self._connection, self._writer.feed)
 
     def _drop(self, reading: "_Reading") -> None:
         """Forget a load that was read behind one that was refused."""

@@ -10,6 +10,7 @@
         pre_hook="{{ forget_feeds('_last_load_id', 'is_sum') }}",
         post_hook=[
             '{% if not is_incremental() %}create index on {{ this }} (feed, loaded_date) where is_sum{% endif %}',
+        '{% if not is_incremental() %}create index on {{ this }} (_last_load_id) where _last_load_id is not null{% endif %}',
             '{{ analyze_if_written() }}',
         ],
     )
@@ -80,14 +81,16 @@ landed as (
     {%- endfor %}
 ),
 
--- What raw and the mart say of a record counts where they agree with staging about its day and currency.
+-- What raw and the mart say of a record counts where they agree with staging about its day and currency. Joined in full
+-- because such a join is made by hash: the planner takes a new load for one row, and would compare all with all.
 compared as (
     {%- for hop in hops %}
         {%- set feed = hop.source ~ '.' ~ hop.table %}
-        {%- set key, same_record, same_row = [], [], [] %}
+        {%- set key, same_record, same_row, found = [], [], [], [] %}
         {%- for name, raw_name in hop.key.items() %}
             {%- do key.append('coalesce(staged.' ~ name ~ ', mart.' ~ name ~ ')') %}
             {%- do same_record.append('staged.' ~ name ~ ' = mart.' ~ name) %}
+            {%- do found.extend(['staged.' ~ name, 'mart.' ~ name]) %}
             {%- do same_row.append('staged.' ~ name ~ ' = raw.' ~ raw_name) %}
         {%- endfor %}
         {%- for coordinate in hop.money.coordinates %}
@@ -110,12 +113,14 @@ compared as (
         from staged_{{ loop.index }} as staged
         full outer join mart_{{ loop.index }} as mart
             on {{ same_record | join(' and ') }}
-        left join raw_{{ loop.index }} as raw
+        full outer join raw_{{ loop.index }} as raw
             on
                 staged._dlt_load_id = raw._dlt_load_id
                 and staged.loaded_date = raw.loaded_date
                 and staged.currency_code = raw.{{ hop.money.currency }}
                 and {{ same_row | join(' and ') }}
+        -- In a form that leaves the join as it is.
+        where coalesce({{ found | join(', ') }}) is not null
         {%- if not loop.last %}
             union all
         {%- endif %}
@@ -148,7 +153,8 @@ records as (
         compared.mart_minor
     from compared
     {% if is_incremental() -%}
-        left join before on compared.entry_key = before.entry_key
+        -- None is there alone: see above.
+        full outer join before on compared.entry_key = before.entry_key
     {%- endif %}
 ),
 

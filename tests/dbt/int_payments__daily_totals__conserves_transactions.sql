@@ -4,7 +4,7 @@
     {%- if changed == 'true' -%}
         true
     {%- else -%}
-        occurred_date in {{ days_touched(ref('int_payments__transactions_converted'), changed) }}
+        occurred_date = any({{ days_touched(ref('int_payments__transactions_converted'), changed) }})
     {%- endif -%}
 {%- endset %}
 

@@ -19,7 +19,7 @@ facts as (
     where
         status = 'completed'
     {%- if changed != 'true' %}
-        and occurred_date in {{ days_touched(ref('fct_transactions'), changed) }}
+        and occurred_date = any({{ days_touched(ref('fct_transactions'), changed) }})
         {%- endif %}
     group by occurred_date, currency_code, country_code
 ),
@@ -34,7 +34,7 @@ report as (
     left join currencies as reporting_currency
         on report.reporting_currency_code = reporting_currency.currency_code
     {%- if changed != 'true' %}
-    where report.revenue_date in {{ days_touched(ref('fct_transactions'), changed) }}
+    where report.revenue_date = any({{ days_touched(ref('fct_transactions'), changed) }})
     {%- endif %}
 )
 

@@ -25,7 +25,7 @@ with transactions as not materialized (
         _last_load_id > {{ high_water_mark('_last_load_id') }} or _fx_load_id > {{ high_water_mark('_fx_load_id') }}
     {%- endset %}
     days as (
-        select touched.occurred_date from {{ days_touched('transactions', changed) }} as touched (occurred_date)
+        select {{ days_touched('transactions', changed) }} as touched
     ),
 {% endif %}
 
@@ -46,7 +46,7 @@ totals as (
         max(_fx_load_id) as _fx_load_id
     from transactions
     {% if only_changes %}
-        where occurred_date in (select days.occurred_date from days)
+        where occurred_date = any(array(select unnest(days.touched) from days))
     {% endif %}
     group by occurred_date, currency_code, country_code, status, reporting_currency_code
 ),
@@ -56,7 +56,7 @@ final as (
     {% if only_changes %}
         union all
         select * from {{ this }}
-        where occurred_date not in (select days.occurred_date from days)
+        where occurred_date <> all(array(select unnest(days.touched) from days))
     {% endif %}
 )
 

@@ -58,7 +58,8 @@ latest as (
         max(_last_load_id) as _last_load_id
     from events
     {% if only_changes %}
-        where user_id in (select changed.user_id from changed)
+        -- An array, which the planner looks up by index.
+        where user_id = any(array(select changed.user_id from changed))
     {% endif %}
     group by user_id
 ),
