@@ -483,7 +483,7 @@ class MessageBatch:
     """Messages by column. Within a partition they come in the order of their offsets."""
 
     def __init__(self, messages: Sequence[Message]) -> None:
-        # Methods mapped over the messages: half the time of calling each.
+        # Methods mapped over the messages take a quarter less time than calls.
         kind: Any = type(messages[0]) if messages else Message
         self.values: list[bytes | None] = list(map(kind.value, messages))
         self.keys: list[bytes | None] = list(map(kind.key, messages))

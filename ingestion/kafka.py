@@ -6,7 +6,7 @@ skipped.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime
@@ -47,7 +47,16 @@ PASSED_ON = {
     "KAFKA_SSL_CA_LOCATION": "ssl.ca.location",
 }
 
-_Offsets = dict[TopicPartition, Future[ListOffsetsResultInfo]]
+# The broker's ways to say no, which another try does not change.
+REFUSALS = (
+    KafkaError._AUTHENTICATION,
+    KafkaError._SSL,
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.SASL_AUTHENTICATION_FAILED,
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+)
+
+Offsets = dict[TopicPartition, Future[ListOffsetsResultInfo]]
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,36 @@ def client_config(settings: Settings) -> dict[str, Any]:
         if value is not None:
             config[name] = value
     return config
+
+
+def ask_offsets(
+    admin: AdminClient, partitions: Mapping[str, Iterable[int]], spec: OffsetSpec, timeout_s: float
+) -> Offsets:
+    """Ask for an offset of each partition, topic -> partitions; the answers come later, all at once.
+
+    The end is that of what is committed: records of an open transaction are not offered yet.
+    """
+    places = {TopicPartition(topic, partition): spec for topic, numbers in partitions.items() for partition in numbers}
+    if not places:
+        return {}
+    asked: Offsets = admin.list_offsets(
+        places, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=timeout_s
+    )
+    return asked
+
+
+def take_topic_id(described: Future[TopicDescription]) -> str:
+    """Which incarnation of its name a topic is; empty where the broker does not know (before 2.8).
+
+    Raises:
+        KafkaException: the broker does not say.
+    """
+    try:
+        return str(described.result().topic_id)
+    except KafkaException as error:
+        if error.args[0].code() in (KafkaError._UNSUPPORTED_FEATURE, KafkaError.UNSUPPORTED_VERSION):
+            return ""
+        raise
 
 
 @dataclass(frozen=True)
@@ -140,7 +179,10 @@ class TopicReader:
         )
         starts = self._ask_offsets(admin, partitions, OffsetSpec.earliest())
         ends = self._ask_offsets(admin, partitions, OffsetSpec.latest())
-        incarnation = self._topic_id(described[self.topic]) if described else ""
+        try:
+            incarnation = take_topic_id(described[self.topic]) if described else ""
+        except KafkaException as error:
+            raise self._classify(error.args[0]) from None
         first, after = self._take_offsets(starts), self._take_offsets(ends)
         return Topic(
             self._settings.get("KAFKA_CLUSTER_INCARNATION") or cluster,
@@ -148,24 +190,10 @@ class TopicReader:
             {partition: (first[partition], after[partition]) for partition in partitions},
         )
 
-    def _topic_id(self, described: Future[TopicDescription]) -> str:
-        try:
-            return str(described.result().topic_id)
-        except KafkaException as error:
-            if error.args[0].code() in (KafkaError._UNSUPPORTED_FEATURE, KafkaError.UNSUPPORTED_VERSION):
-                return ""  # brokers before 2.8
-            raise self._classify(error.args[0]) from None
+    def _ask_offsets(self, admin: AdminClient, partitions: Iterable[int], spec: OffsetSpec) -> Offsets:
+        return ask_offsets(admin, {self.topic: partitions}, spec, REQUEST_TIMEOUT_S)
 
-    def _ask_offsets(self, admin: AdminClient, partitions: list[int], spec: OffsetSpec) -> _Offsets:
-        asked: _Offsets = admin.list_offsets(
-            {TopicPartition(self.topic, partition): spec for partition in partitions},
-            # The end of what is committed: records of an open transaction are not offered yet.
-            isolation_level=IsolationLevel.READ_COMMITTED,
-            request_timeout=REQUEST_TIMEOUT_S,
-        )
-        return asked
-
-    def _take_offsets(self, asked: _Offsets) -> dict[int, int]:
+    def _take_offsets(self, asked: Offsets) -> dict[int, int]:
         try:
             return {place.partition: future.result().offset for place, future in asked.items()}
         except KafkaException as error:
@@ -310,13 +338,7 @@ class TopicReader:
                 f"{self.feed.name}: the broker at {broker} has no topic {self.topic}.",
                 hint=f"Create the topic, or correct it in {self.feed.file}:{self.feed.line}.",
             )
-        if code in (
-            KafkaError._AUTHENTICATION,
-            KafkaError._SSL,
-            KafkaError.TOPIC_AUTHORIZATION_FAILED,
-            KafkaError.SASL_AUTHENTICATION_FAILED,
-            KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-        ):
+        if code in REFUSALS:
             return AuthenticationError(
                 f"{self.feed.name}: the broker at {broker} refused us for {self.topic} ({error.name()}).",
                 hint="Check KAFKA_SECURITY_PROTOCOL and the KAFKA_SASL_ and KAFKA_SSL_ settings.",

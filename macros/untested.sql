@@ -4,9 +4,7 @@
 
         - var `full_tests` is set: `dbt test --vars 'full_tests: true'`, once a day, finds what was changed by hand
         - the build is a full refresh
-        - nothing is known: the first build, and every one after a test of the relation failed
-
-    relation: a model with `_last_load_id` (and `_fx_load_id`), or the raw table of a feed.
+        - nothing is known of it: see `note_tested_loads` for what is noted, and what is forgotten
 #}
 {% macro untested(relation) -%}
     {%- set table = adapter.get_relation(

@@ -135,14 +135,14 @@ def build_dbt_assets(manifest: Manifest) -> dg.AssetsDefinition:
             command, arguments = "test", [*arguments, "--vars", "full_tests: true"]
         try:
             with (
-                session_of(context).attempt("build") as (settings, run),
-                run.step("build"),
-                reporter.task("dbt build") as task,
+                session_of(context).attempt(command) as (settings, run),
+                run.step(command),
+                reporter.task(f"dbt {command}") as task,
             ):
                 report = transform.run_build(
                     settings, arguments, lambda _n, _s, done, due: task.update(done, due), command
                 )
-                transform.require_built(report)
+                transform.require_built(report, command)
         except WarehouseError as error:
             failure = error
         yield from _events(definition, report)

@@ -10,20 +10,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from confluent_kafka import IsolationLevel, KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from ingestion.feeds import FeedSpec, KafkaOrigin
-from ingestion.kafka import MOCK_CLUSTER, Topic, client_config
+from ingestion.kafka import MOCK_CLUSTER, REFUSALS, Offsets, Topic, ask_offsets, client_config, take_topic_id
 from ingestion.settings import Settings
-
-REFUSALS = (
-    KafkaError._AUTHENTICATION,
-    KafkaError._SSL,
-    KafkaError.SASL_AUTHENTICATION_FAILED,
-    KafkaError.TOPIC_AUTHORIZATION_FAILED,
-    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-)
 
 
 def fetch_topics(settings: Settings, feeds: Sequence[FeedSpec], timeout_s: float) -> dict[str, Topic | str]:
@@ -83,38 +75,23 @@ class _Broker:
         described: dict[str, Future[Any]] = {}
         if partitions and not cluster.startswith(MOCK_CLUSTER):
             described = self._admin.describe_topics(TopicCollection(list(partitions)), request_timeout=self._left())
-        bounds = [self._ask(partitions, spec) for spec in (OffsetSpec.earliest(), OffsetSpec.latest())]
+        bounds = [
+            ask_offsets(self._admin, partitions, spec, self._left())
+            for spec in (OffsetSpec.earliest(), OffsetSpec.latest())
+        ]
         for feed, topic in topics.items():
             if topic in partitions:
                 try:
                     start, end = (self._take(asked, topic) for asked in bounds)
                     found[feed] = Topic(
                         self._settings.get("KAFKA_CLUSTER_INCARNATION") or cluster,
-                        self._topic_id(described[topic]) if described else "",
+                        take_topic_id(described[topic]) if described else "",
                         {partition: (start[partition], end[partition]) for partition in partitions[topic]},
                     )
                 except KafkaException as error:
                     found[feed] = self.name(error.args[0])
         return found
 
-    def _ask(self, partitions: Mapping[str, Sequence[int]], spec: OffsetSpec) -> dict[TopicPartition, Future[Any]]:
-        asked = {TopicPartition(topic, one): spec for topic, numbers in partitions.items() for one in numbers}
-        if not asked:
-            return {}
-        answers: dict[TopicPartition, Future[Any]] = self._admin.list_offsets(
-            asked, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=self._left()
-        )
-        return answers
-
     @staticmethod
-    def _take(asked: Mapping[TopicPartition, Future[Any]], topic: str) -> dict[int, int]:
+    def _take(asked: Offsets, topic: str) -> dict[int, int]:
         return {place.partition: answer.result().offset for place, answer in asked.items() if place.topic == topic}
-
-    @staticmethod
-    def _topic_id(described: Future[Any]) -> str:
-        try:
-            return str(described.result().topic_id)
-        except KafkaException as error:
-            if error.args[0].code() in (KafkaError._UNSUPPORTED_FEATURE, KafkaError.UNSUPPORTED_VERSION):
-                return ""  # brokers before 2.8
-            raise

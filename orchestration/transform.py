@@ -241,14 +241,16 @@ def run_build(
     return summarise(run_dbt(settings, [command, *arguments], on_node))
 
 
-def require_built(report: BuildReport) -> None:
+def require_built(report: BuildReport, command: str = "build") -> None:
     """Nothing when every node passed.
 
     Raises:
         DataError: a model, test or seed failed; the message names each.
     """
     if report.failures:
-        raise _failed("dbt build", report, "`dbt retry` runs only what failed; target/compiled has the tests' SQL.")
+        raise _failed(
+            f"dbt {command}", report, "`dbt retry` runs only what failed; target/compiled has the tests' SQL."
+        )
 
 
 def check_freshness(settings: Settings) -> BuildReport:

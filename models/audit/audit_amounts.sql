@@ -10,7 +10,6 @@
         pre_hook="{{ forget_feeds('_last_load_id', 'is_sum') }}",
         post_hook=[
             '{% if not is_incremental() %}create index on {{ this }} (feed, loaded_date) where is_sum{% endif %}',
-        '{% if not is_incremental() %}create index on {{ this }} (_last_load_id) where _last_load_id is not null{% endif %}',
             '{{ analyze_if_written() }}',
         ],
     )

@@ -1,7 +1,7 @@
 """Fixtures of the integration tests: topics of their own on the embedded broker, the test's database, and dbt."""
 
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +12,20 @@ from confluent_kafka import Producer
 from ingestion.ddl import ensure_schema
 from ingestion.feeds import FeedSpec, KafkaOrigin, load_feeds
 from ingestion.settings import Settings
+from tests.harness.apache_kafka import ApacheKafka, available
 from tests.harness.models import Dbt, RawLog
 
 Connection = psycopg2.extensions.connection
+
+
+@pytest.fixture(scope="module")
+def kafka() -> Iterator[ApacheKafka]:
+    """An Apache Kafka for the tests of a file; they are skipped where it cannot run."""
+    reason = available()
+    if reason:
+        pytest.skip(reason)
+    with ApacheKafka() as running:
+        yield running
 
 
 @pytest.fixture

@@ -41,13 +41,6 @@ def skip_unless_available() -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture(scope="module")
-def kafka() -> Iterator[ApacheKafka]:
-    skip_unless_available()
-    with ApacheKafka() as running:
-        yield running
-
-
 def produce(kafka: ApacheKafka, topic: str, values: list[bytes], timestamp_ms: int = 0) -> None:
     producer = Producer({"bootstrap.servers": kafka.bootstrap, "enable.idempotence": True})
     for index, value in enumerate(values):

@@ -223,15 +223,6 @@ def test_a_wrong_api_address(project: Path, served: dict[str, str], base: str, m
     assert_one_message(result, 2, f"{RATES}: .*{message}")
 
 
-@pytest.fixture(scope="module")
-def kafka() -> Iterator[apache_kafka.ApacheKafka]:
-    reason = apache_kafka.available()
-    if reason:
-        pytest.skip(reason)
-    with apache_kafka.ApacheKafka() as running:
-        yield running
-
-
 def test_a_missing_topic(
     kafka: apache_kafka.ApacheKafka, project: Path, served: dict[str, str], declared: Callable[[str], FeedSpec]
 ) -> None:

@@ -262,7 +262,7 @@ def one_row(table: str, where: str = "true") -> str:
 STAGED = "staging.stg_payments__transactions"
 CONVERTED = "intermediate.int_payments__transactions_converted"
 FACTS = "marts.fct_transactions"
-TOTALS = "intermediate.int_payments__user_totals"
+TOTALS = "intermediate.int_payments__daily_totals"
 REPORT = "marts.rpt_finance__daily_revenue"
 COMPLETED = "status = 'completed'"
 YEN = "currency_code = 'JPY'"
@@ -313,7 +313,7 @@ TWINS = [
     Twin(
         "intermediate.int_users__latest",
         f"delete from intermediate.int_users__latest where {one_row('intermediate.int_users__latest')}",
-        frozenset({"int_users__latest__conserves_events"}),
+        frozenset({"int_users__latest__conserves_events", "int_users__latest__conserves_deliveries"}),
     ),
     Twin(
         "staging.stg_fx__daily_rates",
@@ -361,15 +361,22 @@ TWINS = [
         ),
     ),
     Twin(
-        "intermediate.int_payments__daily_totals",
-        "update intermediate.int_payments__daily_totals set amount_minor = amount_minor + 1 where "
-        + one_row("intermediate.int_payments__daily_totals"),
+        TOTALS,
+        f"update {TOTALS} set amount_minor = amount_minor + 1 where {one_row(TOTALS)}",
         frozenset({"int_payments__daily_totals__conserves_transactions"}),
     ),
     Twin(
         TOTALS,
-        f"update {TOTALS} set transaction_count = transaction_count + 1 where {one_row(TOTALS)}",
-        frozenset({"int_payments__user_totals__conserves_transactions"}),
+        f"update {TOTALS} set transaction_count = transaction_count + 1, event_count = event_count + 1"
+        f" where {one_row(TOTALS)}",
+        frozenset(
+            {
+                "int_payments__daily_totals__conserves_transactions",
+                "int_payments__daily_totals__conserves_events",
+                "int_payments__user_totals__conserves_transactions",
+                "int_payments__merchant_totals__conserves_transactions",
+            }
+        ),
     ),
     Twin(
         REPORT,
@@ -472,6 +479,13 @@ def test_tests_look_at_what_is_new(dbt: Dbt, log: RawLog, connection: psycopg2.e
     named = "accepted_values_int_payments__transactions_converted_reporting_currency_code___var_reporting_currency_"
     assert failed_tests(dbt("test", "--select", named)[1]) == set()
     assert failed_tests(dbt("test", "--select", named, *EVERYTHING)[1]) == {named}
+
+    # What was rebuilt without its tests is looked at, all of it.
+    dbt.run("--full-refresh")
+    assert failed_tests(dbt(*tests)[1]) == set()
+    assert wrong(EURO) == set()
+    dbt.run("--full-refresh", "--select", "int_payments__transactions_converted")
+    assert wrong(EURO) == {uses_the_rate}
 
 
 @pytest.mark.timeout(600)

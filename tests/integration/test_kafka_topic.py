@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 from confluent_kafka.admin import AdminClient  # type: ignore[attr-defined]
 
-from ingestion import kafka
 from ingestion.errors import TransientError
 from ingestion.feeds import FeedSpec, KafkaOrigin
 from ingestion.kafka import TopicReader
 from ingestion.landing import land_feed
 from ingestion.settings import Settings
-from tests.harness.apache_kafka import ApacheKafka, available
+from tests.harness.apache_kafka import ApacheKafka
 from tests.harness.records import payment
 
 PAYMENTS = "raw_payments.transaction_created"
@@ -33,10 +32,10 @@ def test_a_mock_broker_named_by_hand_is_not_asked_what_it_leaves_unanswered(
     feed = own_topic(PAYMENTS)
     send(feed, [(b"k", payment()) for _ in range(3)], 0)
     # An answer that never comes would end this in an error.
-    monkeypatch.setattr(kafka, "REQUEST_TIMEOUT_S", 2.0)
+    monkeypatch.setattr("ingestion.kafka.REQUEST_TIMEOUT_S", 2.0)
     assert land_feed(by_hand, feed).landed == 3
     # Twin: asked all the same, it never answers.
-    monkeypatch.setattr(kafka, "MOCK_CLUSTER", "no such cluster")
+    monkeypatch.setattr("ingestion.kafka.MOCK_CLUSTER", "no such cluster")
     with pytest.raises(TransientError, match="does not answer"):
         land_feed(by_hand, feed)
 
@@ -64,43 +63,39 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             log.append("topic")
             return {k: WatchedFuture(v, log) for k, v in super().describe_topics(*arguments, **options).items()}
 
-    monkeypatch.setattr(kafka, "AdminClient", Watched)
+    monkeypatch.setattr("ingestion.kafka.AdminClient", Watched)
     return log
 
 
 def test_a_broker_is_asked_everything_at_once(
-    warehouse: Settings, feed_named: Callable[[str], FeedSpec], monkeypatch: pytest.MonkeyPatch
+    warehouse: Settings, feed_named: Callable[[str], FeedSpec], kafka: ApacheKafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reason = available()
-    if reason:
-        pytest.skip(reason)
     declared = feed_named(PAYMENTS)
     assert isinstance(declared.origin, KafkaOrigin)
     name = f"payments_{uuid.uuid4().hex[:8]}"
     feed = replace(declared, origin=replace(declared.origin, topic=name))
-    with ApacheKafka() as running:
-        running.create_topic(name, partitions=3)
-        log = watch(monkeypatch)
-        settings = warehouse.with_env(
-            KAFKA_BOOTSTRAP_SERVERS=running.bootstrap, KAFKA_CLUSTER_INCARNATION="", WAREHOUSE_EMBEDDED=""
-        )
-        reader = TopicReader(settings, feed)
-        try:
-            topic = reader.fetch_topic()
-            asked, after = log[:3], log[3:]
-            log.clear()
-            ask = TopicReader._ask_offsets
+    kafka.create_topic(name, partitions=3)
+    log = watch(monkeypatch)
+    settings = warehouse.with_env(
+        KAFKA_BOOTSTRAP_SERVERS=kafka.bootstrap, KAFKA_CLUSTER_INCARNATION="", WAREHOUSE_EMBEDDED=""
+    )
+    reader = TopicReader(settings, feed)
+    try:
+        topic = reader.fetch_topic()
+        asked, after = log[:3], log[3:]
+        log.clear()
+        ask = TopicReader._ask_offsets
 
-            def impatient(*arguments: Any) -> Any:
-                answers = ask(*arguments)
-                for answer in answers.values():
-                    answer.result()
-                return answers
+        def impatient(*arguments: Any) -> Any:
+            answers = ask(*arguments)
+            for answer in answers.values():
+                answer.result()
+            return answers
 
-            monkeypatch.setattr(TopicReader, "_ask_offsets", impatient)
-            reader.fetch_topic()
-        finally:
-            reader.close()
+        monkeypatch.setattr(TopicReader, "_ask_offsets", impatient)
+        reader.fetch_topic()
+    finally:
+        reader.close()
     assert topic.bounds == {0: (0, 0), 1: (0, 0), 2: (0, 0)}
     assert topic.incarnation
     assert topic.cluster

@@ -2,7 +2,7 @@
 
 import json
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -13,21 +13,12 @@ from ingestion.feeds import AcceptedValues, FeedSpec, KafkaOrigin
 from ingestion.landing import land_feed
 from ingestion.replay_window import TimeWindow, WindowReplay, replay_window
 from ingestion.settings import Settings
-from tests.harness.apache_kafka import ApacheKafka, available
+from tests.harness.apache_kafka import ApacheKafka
 
 PAYMENTS = "raw_payments.transaction_created"
 FIRST = datetime(2026, 1, 5, tzinfo=UTC)
 
 Query = Callable[..., list[tuple]]
-
-
-@pytest.fixture(scope="module")
-def kafka() -> Iterator[ApacheKafka]:
-    reason = available()
-    if reason:
-        pytest.skip(reason)
-    with ApacheKafka() as running:
-        yield running
 
 
 @pytest.fixture

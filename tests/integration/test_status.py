@@ -23,7 +23,7 @@ from ingestion.landing import land_feed
 from ingestion.settings import Settings
 from orchestration.run import prepare
 from orchestration.status import answering_services, fetch_status, render_status
-from tests.harness.apache_kafka import ApacheKafka, available
+from tests.harness.apache_kafka import ApacheKafka
 from tests.harness.models import TRANSACTIONS, USER_EVENTS, Dbt, RawLog, make_payments, make_user_events
 from tests.harness.project_copy import copy_project, run_warehouse
 from tests.harness.records import payment
@@ -32,15 +32,6 @@ PAYMENTS = "raw_payments.transaction_created"
 USERS = "raw_users.user_events"
 
 Query = Callable[..., list[tuple]]
-
-
-@pytest.fixture(scope="module")
-def kafka() -> Iterator[ApacheKafka]:
-    reason = available()
-    if reason:
-        pytest.skip(reason)
-    with ApacheKafka() as running:
-        yield running
 
 
 @pytest.fixture

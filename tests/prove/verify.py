@@ -65,8 +65,10 @@ class Comparison:
     def __init__(self, query: Query, *, committed_only: bool = True) -> None:
         """`committed_only`: False reads as somebody who knows nothing of commits would."""
         self._query = query
-        self._where = "_dlt_load_id > %s" + (
-            " and _dlt_load_id in (select load_id from raw_payments._dlt_loads)" if committed_only else ""
+        self._loads = (
+            "raw_payments._dlt_loads"
+            if committed_only
+            else "(select _dlt_load_id as load_id from raw_payments.transaction_created) as loads"
         )
         self._mark = ""
         self._intervals: list[tuple[Any, ...]] = []
@@ -114,24 +116,27 @@ class Comparison:
         return not missing
 
     def _read(self) -> None:
+        # Asked once: a dead loader's last statement may commit between two of the questions below.
+        ((loads,),) = self._query(f"select array_agg(load_id) from {self._loads} where load_id > %s", self._mark)
+        loads = loads or []
+        self._mark = max(loads, default=self._mark)
         rows = self._query(
             f"select _stream_id, _kafka_partition, _kafka_offset, {', '.join(FIELDS)}, _extra, _kafka_timestamp, "
-            f"_kafka_key, _kafka_headers from raw_payments.transaction_created where {self._where}",
-            self._mark,
+            f"_kafka_key, _kafka_headers from raw_payments.transaction_created where _dlt_load_id = any(%s)",
+            loads,
         )
         letters = self._query(
             "select _stream_id, _kafka_partition, _kafka_offset, raw_value, raw_key, headers, source_time, reason, "
             "coalesce(replay_load_id in (select load_id from raw_payments._dlt_loads), false) "
-            f"from raw_payments._dead_letters where {self._where}",
-            self._mark,
+            "from raw_payments._dead_letters where _dlt_load_id = any(%s)",
+            loads,
         )
         intervals = self._query(
-            "select stream_id, partition, first_position, last_position, landed, dead, tombstones, control, lost, "
-            f"_dlt_load_id from raw_payments._ledger where {self._where}",
-            self._mark,
+            "select stream_id, partition, first_position, last_position, landed, dead, tombstones, control, lost "
+            "from raw_payments._ledger where _dlt_load_id = any(%s)",
+            loads,
         )
-        self._mark = max((row[-1] for row in intervals), default=self._mark)
-        self._intervals += [row[:-1] for row in intervals]
+        self._intervals += intervals
         self._rows |= {row[:3]: row[3:] for row in rows}
         self._letters |= {row[:3]: row[3:] for row in letters}
         self._times.update(row[:3] for row in [*rows, *(row for row in letters if not row[-1])])

@@ -46,7 +46,7 @@ totals as (
         max(_fx_load_id) as _fx_load_id
     from transactions
     {% if only_changes %}
-        where occurred_date = any(array(select unnest(days.touched) from days))
+        where occurred_date = any(cast((select days.touched from days) as date[]))
     {% endif %}
     group by occurred_date, currency_code, country_code, status, reporting_currency_code
 ),
@@ -56,7 +56,7 @@ final as (
     {% if only_changes %}
         union all
         select * from {{ this }}
-        where occurred_date <> all(array(select unnest(days.touched) from days))
+        where occurred_date <> all(cast((select days.touched from days) as date[]))
     {% endif %}
 )
 
