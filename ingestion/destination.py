@@ -1,16 +1,19 @@
 """How dlt's Postgres destination loads our files: COPY in Postgres' text format, in large pieces.
 
 dlt's own job takes CSV, which costs Postgres nearly twice as much to read, and hands it over in pieces of 8 kB: each
-piece takes Python's lock from the thread that decodes the next load.
+piece takes Python's lock from the thread that decodes the next load. And dlt connects anew for each of its steps; here
+a load keeps its connection.
 """
 
 from typing import Any
 
+import psycopg2.extensions
 from dlt.common.destination import DestinationCapabilitiesContext
 from dlt.common.destination.client import LoadJob, RunnableLoadJob
 from dlt.common.normalizers.naming import NamingConvention
 from dlt.destinations import postgres
 from dlt.destinations.impl.postgres.postgres import PostgresClient, PostgresCsvCopyJob
+from dlt.destinations.impl.postgres.sql_client import Psycopg2SqlClient
 
 PIECE_BYTES = 2 << 20
 
@@ -31,8 +34,37 @@ class CopyJob(RunnableLoadJob):
                 cursor.copy_expert(copy, file, size=PIECE_BYTES)
 
 
+class KeptConnections(Psycopg2SqlClient):
+    """dlt's access to Postgres; a connection that was given up in good order is taken up again."""
+
+    def __init__(self, given: Psycopg2SqlClient) -> None:
+        super().__init__(given.dataset_name, given.staging_dataset_name, given.credentials, given.capabilities)
+        self.kept: list[psycopg2.extensions.connection] = []
+
+    def open_connection(self) -> Any:
+        """A connection in autocommit."""
+        if not self.kept:
+            return super().open_connection()
+        self._conn = self.kept.pop()
+        return self._conn
+
+    def close_connection(self) -> None:
+        """Give the connection up."""
+        if self._conn is not None and not self._conn.closed and self._conn.status == psycopg2.extensions.STATUS_READY:
+            self.kept.append(self._conn)
+            self._conn = None
+        else:
+            super().close_connection()
+
+
 class CopyClient(PostgresClient):
-    """dlt's Postgres client, with our job for files."""
+    """dlt's Postgres client, with our job for files and connections kept for the next one."""
+
+    sql_client: KeptConnections
+
+    def __init__(self, schema: Any, config: Any, capabilities: DestinationCapabilitiesContext) -> None:
+        super().__init__(schema, config, capabilities)
+        self.sql_client = KeptConnections(self.sql_client)
 
     def create_load_job(self, table: Any, file_path: str, load_id: str, restore: bool = False) -> LoadJob:
         """The job that loads a file of a package."""
@@ -55,6 +87,19 @@ class copying_postgres(postgres):
             known[name] = super().capabilities(None, naming)
         # dlt writes into what it is given.
         return known[name].copy()
+
+    def client(self, schema: Any, initial_config: Any = None) -> CopyClient:
+        """A client with the connections of those before it."""
+        client = super().client(schema, initial_config)
+        assert isinstance(client, CopyClient)
+        client.sql_client.kept = self.__dict__.setdefault("_kept", [])
+        return client
+
+    def close(self) -> None:
+        """End the connections that were kept."""
+        kept = self.__dict__.get("_kept", [])
+        while kept:
+            kept.pop().close()
 
     @property
     def client_class(self) -> type[PostgresClient]:

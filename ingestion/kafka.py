@@ -75,6 +75,8 @@ def client_config(settings: Settings) -> dict[str, Any]:
         "client.id": "payments-warehouse",
         "broker.address.family": "v4" if "127.0.0.1" in (settings.kafka_bootstrap or "") else "any",
         "log_level": 0,
+        # A first connection waits half of it (50 ms) too. After failures it grows as ever.
+        "reconnect.backoff.ms": 1,
     }
     for setting, name in PASSED_ON.items():
         value = settings.get(setting)
@@ -259,19 +261,18 @@ class TopicReader:
         due = {
             partition: end for partition, (start, end) in topic.bounds.items() if positions.get(partition, start) < end
         }
-        consumer.assign(
-            [
-                TopicPartition(self.topic, partition, positions.get(partition, topic.bounds[partition][0]))
-                for partition in due
-            ]
-        )
+        reached = {partition: positions.get(partition, topic.bounds[partition][0]) for partition in due}
+        consumer.assign([TopicPartition(self.topic, partition, position) for partition, position in reached.items()])
         last_progress = time.monotonic()
         while due:
-            events = consumer.consume(min(batch_size, MESSAGES_PER_CALL), 0.05)
+            # Asked for more than there are, it waits out its time. Some of them may be nobody's: markers, compacted.
+            left = sum(end - reached[partition] for partition, end in due.items())
+            events = consumer.consume(min(batch_size, MESSAGES_PER_CALL, left), 0.05)
             if self._fatal is not None:
                 raise self._classify(self._fatal)
             # The last event of each partition tells whether all of them are messages from before the end.
             last = {event.partition(): event for event in events}
+            reached |= {partition: event.offset() + 1 for partition, event in last.items() if event.error() is None}
             if all(
                 event.offset() < due.get(partition, 0) - 1 and event.error() is None
                 for partition, event in last.items()

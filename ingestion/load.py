@@ -130,9 +130,10 @@ def load_package(settings: Settings, connection: Connection, package: Package) -
     )
     source = dlt.sources.DltSource(dlt.Schema(feed.table), feed.table, [resource()])
     pipeline: dlt.Pipeline | None = None
+    destination = copying_postgres(build_credentials(settings, connection, feed))
     try:
         with _named(package.load_id):
-            pipeline = open_pipeline(settings, connection, feed)
+            pipeline = open_pipeline(settings, feed, destination)
             done = pipeline.run(source)
     except Exception as error:
         if pipeline is not None:
@@ -141,6 +142,7 @@ def load_package(settings: Settings, connection: Connection, package: Package) -
                 _drop(pipeline)
         raise classify_load_error(error, feed) from error
     finally:
+        destination.close()
         package.discard()
     metrics: Any = done.metrics.get(package.load_id) if done else None
     if metrics is None:
@@ -183,7 +185,7 @@ def _spool(settings: Settings, feed: FeedSpec) -> Path:
     return settings.home / "spool" / feed.pipeline_name
 
 
-def open_pipeline(settings: Settings, connection: Connection, feed: FeedSpec) -> dlt.Pipeline:
+def open_pipeline(settings: Settings, feed: FeedSpec, destination: copying_postgres) -> dlt.Pipeline:
     """The feed's dlt pipeline, with no package of an earlier run left in it.
 
     A package found pending is never resumed: what of it reached the database, dlt does not know. It is dropped with
@@ -195,7 +197,7 @@ def open_pipeline(settings: Settings, connection: Connection, feed: FeedSpec) ->
     pipeline = dlt.pipeline(
         pipeline_name=feed.pipeline_name,
         pipelines_dir=str(_pipelines_dir(settings)),
-        destination=copying_postgres(build_credentials(settings, connection, feed)),
+        destination=destination,
         dataset_name=feed.source,
     )
     if pipeline.has_pending_data:

@@ -167,7 +167,7 @@ def _selection(
     chosen: Set[dg.AssetKey],
     chosen_checks: Set[dg.AssetCheckKey],
 ) -> list[str]:
-    """dbt's arguments for what Dagster selected; none for everything, so that unit tests run with it."""
+    """dbt's arguments for what Dagster selected; none for everything."""
     assets, checks = _nodes(definition)
     if set(assets.values()) <= chosen and set(checks.values()) <= chosen_checks:
         return []

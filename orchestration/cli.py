@@ -142,6 +142,7 @@ def run(as_json: AsJson = False, quiet: Quiet = False) -> None:
                 {
                     "feeds": [_landing_dict(landing) for landing in report.landings],
                     "build": dict(report.build.counts),
+                    "stands_since": report.build.stands_since,
                     "lineage_page": str(report.docs),
                 }
             )

@@ -178,8 +178,7 @@ def render_demo(report: DemoReport, feeds: list[FeedSpec]) -> str:
             "Set aside with their bytes and a reason (`warehouse dead-letters list`)",
             *reasons,
             "",
-            f"Built and tested: {counts['model']} models, {counts['seed']} seeds, "
-            f"{counts['test'] + counts['unit_test']} tests passed",
+            f"Built and tested: {counts['model']} models, {counts['seed']} seeds, {counts['test']} tests passed",
             f"Fresh: {fresh - late} of {fresh} sources",
             "",
             "Revenue of the last days, completed transactions (marts.rpt_finance__daily_revenue)",

@@ -18,6 +18,7 @@ from ingestion.settings import Settings
 from orchestration import transform
 from orchestration.console import Reporter
 from orchestration.history import Run, recorded_run
+from orchestration.standing import find_standing, note_standing, take_inputs
 
 if TYPE_CHECKING:
     from ingestion.landing import Landing
@@ -130,8 +131,17 @@ def require_within_budget(feed: FeedSpec, landing: "Landing") -> None:
         )
 
 
+def describe_build(report: transform.BuildReport) -> str:
+    """A build in one line."""
+    counts = report.counts
+    what = f"{counts['model']} models, {counts['test']} tests, {counts['seed']} seeds"
+    if report.stands_since is not None:
+        return f"dbt build: nothing new since {report.stands_since:%Y-%m-%d %H:%M} UTC: {what}"
+    return f"dbt build: {what} in {report.seconds:.1f} s"
+
+
 def run_all(settings: Settings, reporter: Reporter, *, command: str = "run", trigger: str = "manual") -> RunReport:
-    """Ingest all feeds, dbt build, source freshness, docs.
+    """Ingest all feeds, dbt build, source freshness, docs. What stands as it would be built now is not built again.
 
     Raises:
         WarehouseError: of the first layer that failed; layers before it stand.
@@ -143,16 +153,22 @@ def run_all(settings: Settings, reporter: Reporter, *, command: str = "run", tri
         with recorded_run(connection, command, trigger, settings.project_dir) as run:
             ingest(settings, feeds, run, reporter, report)
             with run.step("build"), reporter.task("dbt build") as task:
-                report.build = transform.build(settings, on_node=lambda _n, _s, done, due: task.update(done, due))
-            counts = report.build.counts
-            reporter.line(
-                f"dbt build: {counts['model']} models, {counts['test'] + counts['unit_test']} tests, "
-                f"{counts['seed']} seeds in {report.build.seconds:.1f} s"
-            )
+                inputs = take_inputs(settings, connection)
+                report.build = find_standing(connection, inputs)
+                project = None
+                if report.build is None:
+                    project = transform.parse_project(settings)
+                    report.build = transform.build(
+                        settings, on_node=lambda _n, _s, done, due: task.update(done, due), project=project
+                    )
+                    note_standing(connection, inputs, report.build)
+            reporter.line(describe_build(report.build))
             with run.step("freshness"), reporter.task("dbt source freshness"):
-                report.freshness = transform.check_freshness(settings)
-            with run.step("docs"), reporter.task("dbt docs generate"):
-                report.docs = transform.write_docs(settings)
+                report.freshness = transform.check_freshness(settings, project)
+            report.docs = transform.docs_page(settings)
+            if project is not None or not report.docs.is_file():
+                with run.step("docs"), reporter.task("dbt docs generate"):
+                    report.docs = transform.write_docs(settings, project)
     finally:
         connection.close()
     return report

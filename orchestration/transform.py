@@ -12,6 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -53,13 +54,17 @@ class NodeResult:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a dbt invocation did: nodes by kind (model, test, seed, ...), each one's result, and what failed."""
+    """What a dbt invocation did: nodes by kind (model, test, seed, ...), each one's result, and what failed.
+
+    `stands_since`: nothing was done, because what this build counted stands since then.
+    """
 
     counts: Counter[str] = field(default_factory=Counter)
     failures: tuple[Failure, ...] = ()
     warnings: tuple[Failure, ...] = ()
     seconds: float = 0.0
     nodes: tuple[NodeResult, ...] = ()
+    stands_since: datetime | None = None
 
 
 def profile_environment(settings: Settings) -> dict[str, str]:
@@ -131,15 +136,27 @@ def _dbt_environment(settings: Settings, profiles_dir: Path, values: Mapping[str
                 os.environ[name] = value
 
 
-def run_dbt(settings: Settings, arguments: Sequence[str], on_node: OnNode | None = None) -> Any:
+def run_dbt(settings: Settings, arguments: Sequence[str], on_node: OnNode | None = None, project: Any = None) -> Any:
     """Run one dbt command in this process and return dbt's own result object.
+
+    Args:
+        project: as `parse_project` returned it; None parses.
 
     Raises:
         ConfigurationError: dbt could not run at all (the project does not parse, the profile is wrong).
     """
     ensure_profiles(settings)
     with _dbt_environment(settings, settings.project_dir, profile_environment(settings)):
-        return _invoke([*arguments, "--log-level", "none"], on_node)
+        return _invoke([*arguments, "--log-level", "none"], on_node, project)
+
+
+def parse_project(settings: Settings) -> Any:
+    """dbt's manifest, for several commands: each that is given it need not parse, and adds what it compiled.
+
+    Raises:
+        ConfigurationError: the project does not parse.
+    """
+    return run_dbt(settings, ["parse"]).result
 
 
 def parse(settings: Settings, target: Path) -> Path:
@@ -162,7 +179,7 @@ def parse(settings: Settings, target: Path) -> Path:
     return target / "manifest.json"
 
 
-def _invoke(arguments: Sequence[str], on_node: OnNode | None = None) -> Any:
+def _invoke(arguments: Sequence[str], on_node: OnNode | None = None, project: Any = None) -> Any:
     # Imported here: dbt takes seconds to import.
     from dbt.cli.main import dbtRunner
 
@@ -181,7 +198,7 @@ def _invoke(arguments: Sequence[str], on_node: OnNode | None = None) -> Any:
         elif event.info.name == "ConcurrencyLine":
             total = info.node_count
 
-    result = dbtRunner(callbacks=[on_event]).invoke([*arguments, "--quiet"])
+    result = dbtRunner(manifest=project, callbacks=[on_event]).invoke([*arguments, "--quiet"])
     if result.exception is not None:
         if not isinstance(result.exception, Exception):
             # dbt hands on an interrupt as if it were a result.
@@ -223,22 +240,32 @@ def summarise(result: Any) -> BuildReport:
     return BuildReport(counts, tuple(failures), tuple(warnings), seconds, tuple(nodes))
 
 
-def build(settings: Settings, arguments: Sequence[str] = (), on_node: OnNode | None = None) -> BuildReport:
-    """`dbt build`.
+# Unit tests look at the SQL, which `dbt build` and `make test` do, and not at the data.
+DATA_ONLY = ("--exclude-resource-type", "unit_test")
+
+
+def build(
+    settings: Settings, arguments: Sequence[str] = (), on_node: OnNode | None = None, project: Any = None
+) -> BuildReport:
+    """`dbt build`, but for unit tests.
 
     Raises:
         DataError: a model, test or seed failed; the message names each.
     """
-    report = run_build(settings, arguments, on_node)
+    report = run_build(settings, arguments, on_node, project=project)
     require_built(report)
     return report
 
 
 def run_build(
-    settings: Settings, arguments: Sequence[str] = (), on_node: OnNode | None = None, command: str = "build"
+    settings: Settings,
+    arguments: Sequence[str] = (),
+    on_node: OnNode | None = None,
+    command: str = "build",
+    project: Any = None,
 ) -> BuildReport:
-    """`dbt build` (or `test`), with what failed in the report: for a caller that has to tell what passed, too."""
-    return summarise(run_dbt(settings, [command, *arguments], on_node))
+    """`build` (or `dbt test`), with what failed in the report: for a caller that has to tell what passed, too."""
+    return summarise(run_dbt(settings, [command, *DATA_ONLY, *arguments], on_node, project))
 
 
 def require_built(report: BuildReport, command: str = "build") -> None:
@@ -253,22 +280,32 @@ def require_built(report: BuildReport, command: str = "build") -> None:
         )
 
 
-def check_freshness(settings: Settings) -> BuildReport:
+def check_freshness(settings: Settings, project: Any = None) -> BuildReport:
     """`dbt source freshness`.
 
     Raises:
         DataError: a source is older than its `error_after`.
     """
-    report = summarise(run_dbt(settings, ["source", "freshness"]))
+    report = summarise(run_dbt(settings, ["source", "freshness"], project=project))
     if report.failures:
         raise _failed("dbt source freshness", report, "`warehouse status` shows age and lag of every feed.")
     return report
 
 
-def write_docs(settings: Settings) -> Path:
-    """`dbt docs generate --static`: the lineage site as one offline page."""
-    result = run_dbt(settings, ["docs", "generate", "--static"])
-    page = settings.project_dir / "target" / LINEAGE_PAGE
+def docs_page(settings: Settings) -> Path:
+    """Where the lineage site stands."""
+    return settings.project_dir / "target" / LINEAGE_PAGE
+
+
+def write_docs(settings: Settings, built: Any = None) -> Path:
+    """`dbt docs generate --static`: the lineage site as one offline page.
+
+    Args:
+        built: the project a build has just compiled; None compiles.
+    """
+    arguments = ["docs", "generate", "--static", *(["--no-compile"] if built else [])]
+    result = run_dbt(settings, arguments, project=built)
+    page = docs_page(settings)
     if not result.success or not page.is_file():
         raise WarehouseError("dbt docs generate did not write the lineage page.", hint="Run it plainly to see why.")
     return page

@@ -5,7 +5,6 @@ Postgres to use instead. Unit tests take none of these fixtures.
 """
 
 import os
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +61,8 @@ def server_dsn(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def database_dsn(server_dsn: str) -> Iterator[str]:
     """A fresh database, gone after the test."""
-    name = f"test_{uuid.uuid4().hex[:12]}"
+    # One name for all tests of a process: what dbt parsed for one of them is good for the next.
+    name = f"test_{os.getpid()}"
     admin = psycopg2.connect(server_dsn)
     admin.autocommit = True
     with admin.cursor() as cursor:

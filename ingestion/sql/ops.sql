@@ -31,3 +31,11 @@ create table if not exists ops.run_steps (
 
 -- Source freshness asks for the last successful step of a feed.
 create index if not exists run_steps__feed_finished on ops.run_steps (feed, finished_at desc);
+
+-- What the models were last built from: see orchestration/standing.py. One row, gone while anybody builds.
+create table if not exists ops.standing (
+    inputs text not null,
+    relations text not null,
+    counts jsonb not null,
+    built_at timestamptz not null default clock_timestamp()
+);

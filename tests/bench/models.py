@@ -27,7 +27,9 @@ def measure(settings: Settings, dsn: str, transactions: int, days: int) -> dict[
     connection = psycopg2.connect(dsn, options="-c timezone=UTC")
     scratch = Path(tempfile.mkdtemp(prefix="warehouse-bench-dbt-"))
     patch = pytest.MonkeyPatch()
-    dbt = Dbt(dsn, scratch, patch)
+    parsed = scratch / "parsed"
+    parsed.mkdir()
+    dbt = Dbt(dsn, scratch, parsed, patch)
     figures: dict[str, Any] = {}
     try:
         started = time.monotonic()

@@ -91,7 +91,13 @@ def log(connection: Connection, clean_settings: Settings) -> RawLog:
     return RawLog(connection)
 
 
+@pytest.fixture(scope="session")
+def parsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the parsed project outlives a test."""
+    return tmp_path_factory.mktemp("parsed")
+
+
 @pytest.fixture
-def dbt(database_dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dbt:
+def dbt(database_dsn: str, tmp_path: Path, parsed: Path, monkeypatch: pytest.MonkeyPatch) -> Dbt:
     """dbt in this process, against the test's database."""
-    return Dbt(database_dsn, tmp_path, monkeypatch)
+    return Dbt(database_dsn, tmp_path, parsed, monkeypatch)

@@ -23,6 +23,7 @@ import psycopg2.extensions
 import pytest
 from confluent_kafka import Producer
 
+from ingestion.database import connect
 from ingestion.feeds import FeedSpec, KafkaOrigin, load_feeds
 from ingestion.landing import land_feed
 from ingestion.settings import Settings, load_settings
@@ -30,6 +31,7 @@ from orchestration import transform
 from orchestration.console import Reporter
 from orchestration.run import RunReport, prepare, run_all
 from orchestration.sample import FEEDS, TRANSACTIONS, USER_EVENTS, SampleSpec, generate, read_jsonl, to_jsonl, to_kafka
+from orchestration.standing import find_standing, take_inputs
 from tests.harness.project_copy import copy_project
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
@@ -90,7 +92,9 @@ def ask(settings: Settings, statement: str) -> list[tuple]:
     try:
         with connection.cursor() as cursor:
             cursor.execute(statement)
-            return cursor.fetchall()
+            rows = cursor.fetchall()
+        connection.commit()
+        return rows
     finally:
         connection.close()
 
@@ -257,10 +261,74 @@ def test_a_second_run_lands_nothing_and_changes_no_mart_row(sampled: tuple[Setti
 
     before = snapshot()
     loads = ask(settings, "select feed, load_id from ops.loads order by 1, 2")
+    # As if somebody had begun to build since; or the models would be left alone.
+    assert ask(settings, "delete from ops.standing returning 1") == [(1,)]
     again = run_all(settings, Reporter(quiet=True))
+    assert again.build is not None
+    assert again.build.stands_since is None
     assert [(one.landed, one.dead, one.loads) for one in again.landings] == [(0, 0, [])] * 3
     assert ask(settings, "select feed, load_id from ops.loads order by 1, 2") == loads
     assert snapshot() == before
+
+
+def test_models_that_stand_are_left_alone(sampled: tuple[Settings, RunReport], tmp_path: Path) -> None:
+    settings, first = sampled
+    run_all(settings, Reporter(quiet=True))
+    again = run_all(settings, Reporter(quiet=True))
+    assert first.build is not None
+    assert again.build is not None
+    assert again.build.stands_since is not None
+    assert again.build.counts == first.build.counts
+    assert again.freshness is not None
+    assert again.freshness.counts["source"] > 0
+    assert again.docs is not None
+    assert again.docs.is_file()
+
+    def stands(of: Settings = settings) -> bool:
+        connection = connect(of, purpose="test")
+        connection.autocommit = True
+        try:
+            return find_standing(connection, take_inputs(of, connection)) is not None
+        finally:
+            connection.close()
+
+    assert stands()
+    # Each thing a build depends on, changed; the twin of each is that it stands before and after.
+    copy = replace(settings, project_dir=tmp_path / "project")
+    ignored = shutil.ignore_patterns("target", "logs", ".*")
+    for folder in ("models", "macros", "seeds", "tests/dbt"):
+        shutil.copytree(settings.project_dir / folder, copy.project_dir / folder, ignore=ignored)
+    for name in ("dbt_project.yml", "profiles.yml"):
+        shutil.copy(settings.project_dir / name, copy.project_dir)
+    assert stands(copy)
+    model = next(copy.project_dir.rglob("fct_transactions.sql"))
+    text = model.read_text()
+    model.write_text(text + "-- changed")
+    assert not stands(copy)
+    model.write_text(text)
+    assert stands(copy)
+    (copy.project_dir / "seeds" / "another.csv").write_text("a\n1\n")
+    assert not stands(copy)
+    assert not stands(settings.with_env(WAREHOUSE_SCHEMA="other"))
+    assert stands()
+    # A load, a relation that is gone, and somebody else's build.
+    unguarded = "alter table raw_fx._dlt_loads disable trigger _guard_commit; {}; " + (
+        "alter table raw_fx._dlt_loads enable trigger _guard_commit; select 1"
+    )
+    load = "insert into raw_fx._dlt_loads (load_id, schema_name, status, inserted_at) values ('9', 'x', 0, now())"
+    ask(settings, unguarded.format(load))
+    assert not stands()
+    ask(settings, "delete from raw_fx._dlt_loads where load_id = '9' returning 1")
+    assert stands()
+    ask(settings, "do $$ begin alter table marts.dim_dates rename to away; "
+        "create table marts.dim_dates as table marts.away; end $$; select 1")  # fmt: skip
+    assert not stands()
+    ask(settings, "drop table marts.dim_dates; alter table marts.away rename to dim_dates; select 1")
+    assert stands()
+    transform.run_dbt(settings, ["test", "--select", "dim_dates"])
+    assert stands()
+    transform.run_dbt(settings, ["run", "--select", "dim_dates"])
+    assert not stands()
 
 
 # --- fixtures ---------------------------------------------------------------------------------------------------------

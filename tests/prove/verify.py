@@ -68,7 +68,8 @@ class Comparison:
         self._loads = (
             "raw_payments._dlt_loads"
             if committed_only
-            else "(select _dlt_load_id as load_id from raw_payments.transaction_created) as loads"
+            else "(select load_id from raw_payments._dlt_loads union "
+            "select load_id from raw_payments._loads_begun) as begun"
         )
         self._mark = ""
         self._intervals: list[tuple[Any, ...]] = []
