@@ -12,7 +12,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: requirements.txt pyproject.toml
 	@if command -v uv >/dev/null 2>&1; then \
 		uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
-		VIRTUAL_ENV=$(VENV) uv pip install --quiet --no-deps --require-hashes --requirement requirements.txt && \
+		VIRTUAL_ENV=$(VENV) uv pip install --quiet --compile-bytecode --no-deps --require-hashes --requirement requirements.txt && \
 		VIRTUAL_ENV=$(VENV) uv pip install --quiet --no-deps --editable . ; \
 	else \
 		$(PYTHON) -m venv $(VENV) && \
