@@ -131,6 +131,14 @@ class RecordsSpec:
 
 
 @dataclass(frozen=True)
+class RequestSpec:
+    """How hard an API may be asked: requests at once, and in a minute (None: as many as it answers)."""
+
+    concurrent: int = 1
+    per_minute: int | None = None
+
+
+@dataclass(frozen=True)
 class RestOrigin:
     """A REST endpoint; `base_url` names the setting with the address."""
 
@@ -140,6 +148,7 @@ class RestOrigin:
     window: WindowSpec
     records: RecordsSpec
     key: tuple[str, ...]
+    requests: RequestSpec = RequestSpec()
 
     kind: Literal["rest"] = "rest"
 
@@ -439,7 +448,9 @@ def _parse_origin(declaration: _Declaration, feed: _Located, label: str, columns
         return KafkaOrigin(topic=declaration.take(feed, "topic", str, label), format="json")
     if kind == "rest":
         declaration.only(
-            feed, ("kind", "base_url", "path", "params", "window", "records", "key", "dead_letter_budget"), label
+            feed,
+            ("kind", "base_url", "path", "params", "window", "records", "key", "requests", "dead_letter_budget"),
+            label,
         )
         origin = RestOrigin(
             base_url=declaration.take(feed, "base_url", str, label),
@@ -448,6 +459,7 @@ def _parse_origin(declaration: _Declaration, feed: _Located, label: str, columns
             window=_parse_window(declaration, feed, label),
             records=_parse_records(declaration, feed, label),
             key=tuple(declaration.take(feed, "key", list, label)),
+            requests=_parse_requests(declaration, feed, label),
         )
         for placeholder in ("{from}", "{to}"):
             if placeholder not in origin.path and placeholder not in origin.params.values():
@@ -469,6 +481,21 @@ def _parse_window(declaration: _Declaration, feed: _Located, label: str) -> Wind
     )
     if spec.days < 1 or spec.reread_days < 0:
         raise declaration.error(window, f"`window` of {label}: days must be 1 or more, reread_days 0 or more")
+    return spec
+
+
+def _parse_requests(declaration: _Declaration, feed: _Located, label: str) -> RequestSpec:
+    what = f"`requests` of {label}"
+    if "requests" not in feed:
+        return RequestSpec()
+    requests = declaration.mapping(feed["requests"], feed, what)
+    declaration.only(requests, ("concurrent", "per_minute"), what)
+    spec = RequestSpec(
+        concurrent=declaration.take(requests, "concurrent", int, what, default=1),
+        per_minute=declaration.take(requests, "per_minute", int, what, default=None),
+    )
+    if spec.concurrent < 1 or (spec.per_minute is not None and spec.per_minute < 1):
+        raise declaration.error(requests, f"{what}: concurrent and per_minute must be 1 or more")
     return spec
 
 

@@ -12,8 +12,11 @@ import itertools
 import json
 import os
 import re
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -75,12 +78,51 @@ def plan_windows(
     return windows
 
 
+class Pace:
+    """When an API may be asked next, by all who ask it at once.
+
+    Args:
+        per_minute: requests; None for as many as there are.
+    """
+
+    def __init__(self, per_minute: int | None) -> None:
+        self._gap_s = 60 / per_minute if per_minute else 0.0
+        self._next = 0.0
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+
+    def wait(self) -> None:
+        """Until it is this request's turn."""
+        with self._lock:
+            now = time.monotonic()
+            turn = max(now, self._next)
+            self._next = turn + self._gap_s
+        self.sleep(turn - now)
+
+    def hold(self, seconds: float) -> None:
+        """Nobody asks for so long: the API said so (Retry-After)."""
+        with self._lock:
+            self._next = max(self._next, time.monotonic() + seconds)
+
+    def stop(self) -> None:
+        """Who waits, waits no longer."""
+        self._stopped.set()
+
+    def sleep(self, seconds: float) -> None:
+        """
+        Raises:
+            InterruptedError: it was stopped.
+        """
+        if self._stopped.wait(max(seconds, 0.0)):
+            raise InterruptedError
+
+
 class _NotFoundError(ConfigurationError):
     """Status 404: there is no such path, or nothing of these days."""
 
 
 class EndpointReader:
-    """One endpoint, read window by window."""
+    """One endpoint, read window by window, several at once where its declaration allows."""
 
     def __init__(self, settings: Settings, feed: FeedSpec) -> None:
         assert isinstance(feed.origin, RestOrigin)
@@ -97,6 +139,7 @@ class EndpointReader:
         self._session.max_redirects = MAX_REDIRECTS
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, _ExactAdapter())
+        self._pace = Pace(feed.origin.requests.per_minute)
 
     def read(self, windows: Sequence[tuple[dt.datetime, dt.datetime]]) -> Iterator[Page]:
         """The pages of the windows, in order.
@@ -105,15 +148,46 @@ class EndpointReader:
             TransientError, AuthenticationError, ConfigurationError: by what the API answered; nothing half-read is
                 yielded.
         """
-        for number, (start, stop) in enumerate(windows, start=1):
-            records: list[bytes] = []
-            for attempt in range(EMPTY_PAGE_ATTEMPTS):
-                if attempt:
-                    time.sleep(BACKOFF_FACTOR_S)
-                records = self._fetch_records(start, stop)
-                if records:
-                    break
-            yield Page(start, stop, number, records, sum(map(len, records)))
+        most = self.origin.requests.concurrent
+        due = iter(enumerate(windows, start=1))
+        under_way: deque[Future[Page]] = deque()
+        failures: list[BaseException] = []
+        self._pace = Pace(self.origin.requests.per_minute)
+
+        def fetch(number: int, start: dt.datetime, stop: dt.datetime) -> Page:
+            try:
+                return self._fetch_page(number, start, stop)
+            except BaseException as error:
+                # The first to fail is what happened; the others are not to wait for an API that is down.
+                failures.append(error)
+                self._pace.stop()
+                raise
+
+        with ThreadPoolExecutor(most, "fetch") as threads:
+            try:
+                while True:
+                    for number, (start, stop) in itertools.islice(due, most - len(under_way)):
+                        under_way.append(threads.submit(fetch, number, start, stop))
+                    if not under_way:
+                        return
+                    try:
+                        page = under_way.popleft().result()
+                    except Exception:
+                        raise failures[0] from failures[0].__cause__
+                    yield page
+            finally:
+                self._pace.stop()
+                threads.shutdown(cancel_futures=True)
+
+    def _fetch_page(self, number: int, start: dt.datetime, stop: dt.datetime) -> Page:
+        records: list[bytes] = []
+        for attempt in range(EMPTY_PAGE_ATTEMPTS):
+            if attempt:
+                self._pace.sleep(BACKOFF_FACTOR_S)
+            records = self._fetch_records(start, stop)
+            if records:
+                break
+        return Page(start, stop, number, records, sum(map(len, records)))
 
     def _fetch_records(self, start: dt.datetime, stop: dt.datetime) -> list[bytes]:
         """The window's records as JSON bytes; none where the API finds nothing of these days, but of earlier ones."""
@@ -135,7 +209,7 @@ class EndpointReader:
     def _fetch(self, start: dt.datetime, stop: dt.datetime) -> Any:
         """The page of a window, parsed; an outage is tried again."""
         tries = itertools.count(1)
-        return retrying(lambda: self._ask(start, stop, next(tries)), self._policy)
+        return retrying(lambda: self._ask(start, stop, next(tries)), self._policy, sleep=self._pace.sleep)
 
     def _ask(self, start: dt.datetime, stop: dt.datetime, attempt: int) -> Any:
         placeholders = {"{from}": f"{start:%Y-%m-%d}", "{to}": f"{stop - dt.timedelta(days=1):%Y-%m-%d}"}
@@ -158,10 +232,14 @@ class EndpointReader:
                 ],
             }
         )[0]
+        self._pace.wait()
         try:
             (body,) = resource
         except Exception as error:
-            raise self._classify(error, attempt) from error
+            named = self._classify(error, attempt)
+            if isinstance(named, TransientError) and named.retry_after_s:
+                self._pace.hold(named.retry_after_s)
+            raise named from error
         return body[PAGE]
 
     def _classify(self, error: BaseException, attempt: int) -> WarehouseError:

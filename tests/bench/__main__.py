@@ -4,7 +4,7 @@
                           [--sizes 200000 1000000] [--contestants limit dlt warehouse] [--pasts 0 1000000 20000000]
 
     landing   generated transactions from Apache Kafka by every contestant, interleaved, one at a time in a process of
-              its own (its start-up counts) into a database of its own
+              its own (its start-up counts) into a database of its own; others from PyPI by name: tests/bench/peers
     growth    the same by ours, into tables that hold so many rows already
     models    a build after a day's new rows, with so many there already
     fixed     what a command costs before it does any work
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +36,8 @@ from orchestration.sample import TRANSACTIONS, SampleSpec, generate, to_kafka
 from orchestration.services import erase, running
 from tests.bench import fixed as fixed_costs
 from tests.bench import models as builds
-from tests.bench.contestants import CONTESTANTS, PROJECT, Task
+from tests.bench import peers
+from tests.bench.contestants import CONTESTANTS, PROJECT, TABLES, Task
 from tests.bench.history import fill as fill_past
 from tests.bench.report import FOLDER, Runs, describe_machine, render_growth, render_landing, summarise
 from tests.harness import apache_kafka
@@ -65,12 +66,27 @@ def database(server_dsn: str, name: str) -> Iterator[str]:
 
 def measure(name: str, task: Task) -> dict[str, Any]:
     """Run one contestant in a process of its own."""
-    command = [sys.executable, "-m", "tests.bench.contestants", name, str(time.time()), json.dumps(asdict(task))]
+    command: list[Any] = [sys.executable, "-m", "tests.bench.contestants", name]
+    if name in peers.NAMES:
+        command = [peers.ensure_python(name, FOLDER / "peers"), peers.HOME / name / "land.py"]
+    command += [str(time.time()), json.dumps(asdict(task))]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    rows = count_rows(task.dsn, TABLES.get(name, peers.TABLE))
+    if rows != task.already + task.records:
+        raise SystemExit(f"{name} brought {rows - task.already:,} of {task.records:,} rows")
     return result
+
+
+def count_rows(dsn: str, table: str) -> int:
+    connection = psycopg2.connect(dsn)
+    with connection.cursor() as cursor:
+        cursor.execute(f"select count(*) from {table}")
+        (rows,) = cursor.fetchone() or (0,)
+    connection.close()
+    return int(rows)
 
 
 @dataclass
@@ -119,26 +135,32 @@ def landing(options: argparse.Namespace, servers: Servers) -> dict[str, Any]:
 
 
 def growth(options: argparse.Namespace, servers: Servers) -> dict[str, Any]:
-    """Seconds to land the smallest and the largest size into tables with more and more rows."""
+    """Seconds to land the smallest and the largest size into tables with the fewest and the most rows, interleaved."""
     seconds: dict[int, dict[int, list[float]]] = {}
-    for past in (min(options.pasts), max(options.pasts)):
-        with database(servers.dsn, "bench") as dsn:
+    with ExitStack() as stack:
+        tables = {}
+        for past in (min(options.pasts), max(options.pasts)):
+            dsn = stack.enter_context(database(servers.dsn, f"bench_{past}"))
             connection = psycopg2.connect(dsn, options="-c timezone=UTC")
+            stack.callback(connection.close)
             fill_past(servers.settings, connection, past)
             connection.autocommit = True
-            already = past
-            for _ in range(options.rounds):
-                for size in (min(options.sizes), max(options.sizes)):
-                    print(f"{size:,} records into {already:,}", file=sys.stderr)
+            tables[past] = (dsn, connection)
+        already = dict.fromkeys(tables, 0)
+        for _ in range(options.rounds):
+            for size in (min(options.sizes), max(options.sizes)):
+                topic = servers.topic(size)
+                for past, (dsn, connection) in tables.items():
+                    held = past + already[past]
+                    print(f"{size:,} records into {held:,}", file=sys.stderr)
                     with tempfile.TemporaryDirectory(dir=servers.folder) as work:
-                        task = Task(servers.kafka.bootstrap, servers.topic(size), size, dsn, work, already)
+                        task = Task(servers.kafka.bootstrap, topic, size, dsn, work, held)
                         seconds.setdefault(past, {}).setdefault(size, []).append(measure("warehouse", task)["seconds"])
-                    already += size
+                    already[past] += size
                     with connection.cursor() as cursor:
                         # The same messages are new ones once more.
                         cursor.execute("update raw_payments._streams set origin = 'embedded-' || stream_id")
                         cursor.execute("checkpoint")
-            connection.close()
     return {
         str(past): {str(size): statistics.median(runs) for size, runs in by_size.items()}
         for past, by_size in seconds.items()
@@ -180,7 +202,8 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[200_000, 1_000_000], help="records to land")
     parser.add_argument("--pasts", type=int, nargs="+", default=[0, 1_000_000, 5_000_000, 20_000_000])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
+    names = [*CONTESTANTS, *peers.NAMES]
+    parser.add_argument("--contestants", nargs="+", choices=names, default=list(CONTESTANTS))
     options = parser.parse_args()
     reason = apache_kafka.available()
     if reason is not None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 
 from ingestion import endpoint, rest
 from ingestion.errors import AuthenticationError, ConfigurationError, TransientError
-from ingestion.feeds import FeedSpec, RestOrigin, WindowSpec
+from ingestion.feeds import FeedSpec, RequestSpec, RestOrigin, WindowSpec
 from ingestion.landing import Landing, land_feed
 from ingestion.settings import Settings
 from orchestration.sample.rates import is_publishing_day
@@ -140,6 +141,74 @@ def a_correction(server: RatesServer, per_euro: str = "0.5") -> tuple[str, str]:
     day = last_publishing_day()
     server.book.correct(day, "GBP", per_euro)
     return day.isoformat(), "GBP"
+
+
+# --- several requests at once -----------------------------------------------------------------------------------------
+
+
+class Meeting(TimedRequests):
+    """Each request waits for others; `is_met` when as many were there at once."""
+
+    def __init__(self, parties: int, patience_s: float) -> None:
+        super().__init__()
+        self._barrier = threading.Barrier(parties, action=self._meet, timeout=patience_s)
+        self.is_met = False
+
+    def _meet(self) -> None:
+        self.is_met = True
+
+    def append(self, path: str) -> None:
+        super().append(path)
+        with suppress(threading.BrokenBarrierError):
+            self._barrier.wait()
+
+
+@pytest.mark.parametrize(
+    ("concurrent", "patience_s", "are_together"), [(4, 10.0, True), (3, 0.3, False), (1, 0.3, False)]
+)
+def test_windows_are_asked_for_at_once_as_many_as_declared_and_land_in_order(
+    warehouse: Settings,
+    feed: FeedSpec,
+    server: RatesServer,
+    query: Query,
+    concurrent: int,
+    patience_s: float,
+    are_together: bool,
+) -> None:
+    assert isinstance(feed.origin, RestOrigin)
+    server.requests = meeting = Meeting(4, patience_s)
+    several = replace(feed, origin=replace(feed.origin, requests=RequestSpec(concurrent)))
+    landing = land_feed(reading_from(warehouse, server), several)
+    assert meeting.is_met is are_together
+    assert len(meeting) == 4
+    assert standing(query) == {key: Decimal(rate) for key, rate in published(server).items()}
+    assert assert_account(query)[:2] == (landing.offered, landing.landed)
+    pages = query("select distinct _api_page, _api_window_from from raw_fx.daily_rates order by 1")
+    assert [page for page, _ in pages] == [1, 2, 3, 4]
+    assert [start for _, start in pages] == sorted(start for _, start in pages)
+
+
+def test_no_more_a_minute_than_declared(warehouse: Settings, feed: FeedSpec, server: RatesServer) -> None:
+    assert isinstance(feed.origin, RestOrigin)
+    slow = replace(feed, origin=replace(feed.origin, requests=RequestSpec(concurrent=4, per_minute=300)))
+    land_feed(reading_from(warehouse, server), slow)
+    assert isinstance(server.requests, TimedRequests)
+    times = sorted(server.requests.times)
+    assert len(times) == 4
+    # They set out 0.2 s apart; on its way one may be held up, and the next not.
+    assert times[-1] - times[0] > 0.5
+
+
+def test_a_window_that_fails_ends_the_others(warehouse: Settings, feed: FeedSpec, server: RatesServer) -> None:
+    assert isinstance(feed.origin, RestOrigin)
+    several = replace(feed, origin=replace(feed.origin, requests=RequestSpec(concurrent=4)))
+    # One is refused, the others are told to come back much later: nobody waits for them.
+    server.faults.append(Fault(status=401))
+    server.faults.extend([Fault(status=503, headers={"Retry-After": "50"})] * 3)
+    started = time.monotonic()
+    with pytest.raises(AuthenticationError):
+        land_feed(reading_from(warehouse, server).with_env(WAREHOUSE_RETRY_SECONDS="55"), several)
+    assert time.monotonic() - started < 45
 
 
 # --- what lands -------------------------------------------------------------------------------------------------------

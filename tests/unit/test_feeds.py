@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from ingestion.errors import ConfigurationError
-from ingestion.feeds import AcceptedValues, FeedSpec, KafkaOrigin, Range, RestOrigin, load_feeds, select_feeds
+from ingestion.feeds import (
+    AcceptedValues,
+    FeedSpec,
+    KafkaOrigin,
+    Range,
+    RequestSpec,
+    RestOrigin,
+    load_feeds,
+    select_feeds,
+)
 from ingestion.settings import Settings
 
 SOURCES = "models/staging/payments/_payments__sources.yml"
@@ -122,3 +131,26 @@ def test_feeds_are_selected_by_full_or_short_name(clean_settings: Settings) -> N
     ]  # fmt: skip
     with pytest.raises(ConfigurationError, match="nothing is not declared"):
         select_feeds(feeds, ["nothing"])
+
+
+def test_how_hard_an_api_may_be_asked(project: Settings) -> None:
+    path = project.project_dir / "models/staging/fx/_fx__sources.yml"
+    text = path.read_text()
+
+    def declared(requests: str) -> RequestSpec:
+        indent = " " * 14
+        path.write_text(text.replace(f"{indent}records:\n", f"{indent}requests: {requests}\n{indent}records:\n"))
+        (rates,) = [feed for feed in load_feeds(project) if isinstance(feed.origin, RestOrigin)]
+        assert isinstance(rates.origin, RestOrigin)
+        return rates.origin.requests
+
+    assert declared("{concurrent: 4, per_minute: 120}") == RequestSpec(4, 120)
+    assert declared("{}") == RequestSpec(1, None)
+    for wrong, said in (
+        ("{concurrent: 0}", "must be 1 or more"),
+        ("{per_minute: 0}", "must be 1 or more"),
+        ("{per_minute: 0.5}", "must be a whole number"),
+        ("{per_second: 1}", "has no setting `per_second`"),
+    ):
+        with pytest.raises(ConfigurationError, match=said):
+            declared(wrong)

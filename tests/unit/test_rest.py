@@ -2,12 +2,15 @@
 
 import datetime as dt
 import json
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from email.utils import format_datetime
 
 import pytest
 
+from ingestion import rest
 from ingestion.contract import Contract, Rejection, Row
 from ingestion.errors import ConfigurationError
 from ingestion.feeds import FeedSpec, RestOrigin, WindowSpec
@@ -276,3 +279,20 @@ def test_retry_after_is_seconds_or_a_date(text: str | None, seconds: float | Non
 def test_a_date_to_come_back_at_is_a_delay() -> None:
     when = dt.datetime.now(dt.UTC) + dt.timedelta(minutes=2)
     assert 115 < (parse_retry_after(format_datetime(when, usegmt=True)) or 0) <= 120
+
+
+def test_who_was_told_to_wait_makes_all_wait() -> None:
+    pace = rest.Pace(None)
+    pace.hold(0.2)
+    started = time.monotonic()
+    pace.wait()
+    assert time.monotonic() - started >= 0.19
+    # The twin: once it is over, nobody waits.
+    assert pace._next <= time.monotonic()
+
+
+def test_who_waits_is_woken_when_reading_stops() -> None:
+    pace = rest.Pace(1)
+    threading.Timer(0.05, pace.stop).start()
+    with pytest.raises(InterruptedError):
+        pace.sleep(60)
