@@ -43,9 +43,21 @@ def services(clean_settings: Settings) -> Iterator[Settings]:
     from orchestration.services import erase, running
 
     with running(clean_settings) as settings:
+        _forgo_syncs(settings.require("WAREHOUSE_DSN", "the embedded Postgres has one"))
         yield settings
     # Run by root, the data may lie outside the home, where Postgres' user can reach it.
     erase(clean_settings, force=True)
+
+
+def _forgo_syncs(dsn: str) -> None:
+    """Processes die in the tests, machines do not: what the kernel was given is not lost."""
+    connection = psycopg2.connect(dsn)
+    connection.autocommit = True
+    with connection.cursor() as cursor:
+        for setting in ("fsync", "full_page_writes"):
+            cursor.execute(f"alter system set {setting} = off")
+        cursor.execute("select pg_reload_conf()")
+    connection.close()
 
 
 @pytest.fixture(scope="session")
