@@ -18,6 +18,8 @@ from ingestion.settings import Settings, load_settings
 
 PROJECT = Path(__file__).resolve().parents[1]
 OWN_SETTINGS = ("WAREHOUSE_", "KAFKA_", "FX_API_")
+# A command that crashes says where.
+os.environ["PYTHONFAULTHANDLER"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
