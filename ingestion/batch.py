@@ -502,11 +502,11 @@ class MessageBatch:
         return len(self.values)
 
     def coordinates(self) -> list[Column]:
-        """Partition, offset, time, key (bytes) and headers as cells."""
+        """Partition, offset, time, key (bytes) and headers (text), in Arrow's types."""
         return [
-            self._partitions.cast(pa.string()),
-            self._offsets.cast(pa.string()),
-            time_cells(self._times),
+            self._partitions,
+            self._offsets,
+            times_of(self._times),
             pa.array(self.keys, pa.binary()),
             pa.array(self._headers, pa.string()) if self._headers else pa.nulls(len(self), pa.string()),
         ]
@@ -552,12 +552,12 @@ def split_by_size(messages: list[Message], max_bytes: int = MAX_BYTES) -> Iterat
     yield messages[start:]
 
 
-def time_cells(milliseconds: Column) -> Column:
-    """Kafka timestamps as Postgres reads them; null for one beyond the calendar."""
+def times_of(milliseconds: Column) -> Column:
+    """Kafka timestamps as times; null for one beyond the calendar."""
     ends = pc.min_max(milliseconds)
     if (ends["min"].as_py() or 0) < _FIRST_MILLISECOND or (ends["max"].as_py() or 0) > _LAST_MILLISECOND:
         inside = pc.and_(
             pc.greater_equal(milliseconds, _FIRST_MILLISECOND), pc.less_equal(milliseconds, _LAST_MILLISECOND)
         )
         milliseconds = pc.if_else(inside, milliseconds, pa.scalar(None, pa.int64()))
-    return pc.binary_join_element_wise(milliseconds.cast(pa.timestamp("ms")).cast(pa.string()), "+00", "")
+    return milliseconds.cast(pa.timestamp("ms", "UTC"))

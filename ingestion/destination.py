@@ -1,4 +1,4 @@
-"""How dlt's Postgres destination loads our files: COPY in Postgres' text format, in large pieces.
+"""How dlt's Postgres destination loads our files: COPY in Postgres' binary or text format, in large pieces.
 
 dlt's own job takes CSV, which costs Postgres nearly twice as much to read, and hands it over in pieces of 8 kB: each
 piece takes Python's lock from the thread that decodes the next load. And dlt connects anew for each of its steps; here
@@ -15,11 +15,13 @@ from dlt.destinations import postgres
 from dlt.destinations.impl.postgres.postgres import PostgresClient, PostgresCsvCopyJob
 from dlt.destinations.impl.postgres.sql_client import Psycopg2SqlClient
 
+from ingestion.package import BINARY_HEADER
+
 PIECE_BYTES = 2 << 20
 
 
 class CopyJob(RunnableLoadJob):
-    """One file into one table, in a transaction of its own. The file's first line names the columns."""
+    """One file into one table, in a transaction of its own. See `ingestion.package` for what stands in it."""
 
     _job_client: PostgresClient
 
@@ -29,7 +31,9 @@ class CopyJob(RunnableLoadJob):
         with open(self._file_path, "rb") as file:
             names = file.readline().decode().split()
             columns = ",".join(client.escape_column_name(name) for name in names)
-            copy = f"copy {client.make_qualified_table_name(self.load_table_name)} ({columns}) from stdin"
+            form = "binary" if file.peek(len(BINARY_HEADER)).startswith(BINARY_HEADER) else "text"
+            table = client.make_qualified_table_name(self.load_table_name)
+            copy = f"copy {table} ({columns}) from stdin (format {form})"
             with client.begin_transaction(), client.native_connection.cursor() as cursor:
                 cursor.copy_expert(copy, file, size=PIECE_BYTES)
 

@@ -1,7 +1,8 @@
-"""One load package: rows, dead letters and ledger intervals as CSV files, copied and committed by dlt.
+"""One load package: rows, dead letters and ledger intervals as files for COPY, copied and committed by dlt.
 
-The files are written here, quoted so that nothing changes on the way ('' is not NULL, every byte of a text kept), and
-handed to dlt finished; dlt copies them (COPY) and then writes the row in `_dlt_loads` that makes them true together.
+The files are written here, so that nothing changes on the way ('' is not NULL, every byte of a text kept), and handed
+to dlt finished; dlt copies them and then writes the row in `_dlt_loads` that makes them true together. Batches of rows
+go in COPY's binary format (`ingestion.binary`), everything else, and what has no exact binary form, as text.
 """
 
 import hashlib
@@ -23,6 +24,9 @@ from ingestion.feeds import FeedSpec
 from ingestion.ledger import EmptyWindow, Stream, Writer
 
 ROWS_PER_FILE = 100_000
+# What stands before and behind the rows in COPY's binary format. No text begins like that: it would not be UTF-8.
+BINARY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+BINARY_TRAILER = b"\xff\xff"
 LOADER_VERSION = version("payments-warehouse")
 
 
@@ -108,7 +112,7 @@ def copy_line(cells: Sequence[str | None]) -> str:
 
 
 def copy_lines(columns: Sequence[Any]) -> memoryview:
-    """The same lines for whole columns: Arrow arrays of text or bytes, or one text (or None) for every line."""
+    """The same lines for whole columns: Arrow arrays, or one text (or None) for every line."""
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.compute as pc  # type: ignore[import-untyped]
     from pyarrow.csv import WriteOptions, write_csv  # type: ignore[import-untyped]
@@ -123,6 +127,8 @@ def copy_lines(columns: Sequence[Any]) -> memoryview:
             if pa.types.is_binary(column.type):
                 column = hex_texts(column)
                 backslashes += 2 * (rows - column.null_count)
+            elif not pa.types.is_string(column.type):
+                column = column.cast(pa.string())
             if column.null_count:
                 backslashes += column.null_count
                 column = pc.fill_null(column, _NULL)
@@ -160,35 +166,35 @@ def hex_texts(column: Any) -> Any:
 
 
 class _CopyFiles:
-    """Rows of one table, in files of about ROWS_PER_FILE: lines written together stay together."""
+    """Rows of one table, in files of about ROWS_PER_FILE: what is written together stays together.
 
-    def __init__(self, folder: Path, table: str, columns: Sequence[str]) -> None:
+    A file's first line names the columns; then comes what COPY reads, in its text format, or between the header and
+    trailer of its binary one.
+    """
+
+    def __init__(self, folder: Path, table: str, columns: Sequence[str], header: bytes = b"", trailer: bytes = b""):
         self.folder = folder
         self.table = table
-        self.columns = columns
         self.paths: list[tuple[Path, int]] = []
+        self._head = (" ".join(columns) + "\n").encode() + header
+        self._trailer = trailer
         self._file: BufferedWriter | None = None
         self._rows = 0
 
-    def write(self, cells: Sequence[str | None]) -> None:
-        self._write_lines(copy_line(cells).encode(), 1)
-
-    def write_columns(self, columns: Sequence[Any], rows: int) -> None:
-        self._write_lines(copy_lines(columns), rows)
-
-    def _write_lines(self, lines: bytes | memoryview, rows: int) -> None:
+    def write(self, rows: bytes | memoryview, count: int) -> None:
         if self._file is None:
-            path = self.folder / f"{self.table}.{len(self.paths)}.csv"
+            path = self.folder / f"{self.table}.{len(self.paths)}.{'binary' if self._trailer else 'text'}"
             self._file = path.open("wb")
-            self._file.write((" ".join(self.columns) + "\n").encode())
+            self._file.write(self._head)
             self.paths.append((path, 0))
-        self._file.write(lines)
-        self._rows += rows
+        self._file.write(rows)
+        self._rows += count
         if self._rows >= ROWS_PER_FILE:
             self.close()
 
     def close(self) -> None:
         if self._file is not None:
+            self._file.write(self._trailer)
             self._file.close()
             self.paths[-1] = (self.paths[-1][0], self._rows)
             self._file, self._rows = None, 0
@@ -205,7 +211,9 @@ class Package:
         self._writer = writer
         self._tail = (self.loaded_at.isoformat(), load_id)
         self._folder = folder
-        self._rows = _CopyFiles(folder, feed.table, [name for name, _, _ in ddl.raw_columns(feed)])
+        names, self._types, _ = zip(*ddl.raw_columns(feed), strict=True)
+        self._rows = _CopyFiles(folder, feed.table, names)
+        self._binary_rows = _CopyFiles(folder, feed.table, names, BINARY_HEADER, BINARY_TRAILER)
         self._dead = _CopyFiles(folder, "_dead_letters", [name for name, _, _ in ddl.DEAD_LETTER_COLUMNS])
         self._ledger = _CopyFiles(folder, "_ledger", [name for name, _, _ in ddl.LEDGER_COLUMNS])
         self.intervals: list[Interval] = []
@@ -218,7 +226,7 @@ class Package:
         stream_id: int | None = None,
     ) -> None:
         """A record that fits: its cells, unknown fields, and coordinates (after the stream id) as text."""
-        self._rows.write(self.row(cells, extra, coordinates, stream_id))
+        self._rows.write(copy_line(self.row(cells, extra, coordinates, stream_id)).encode(), 1)
 
     def row(
         self,
@@ -232,10 +240,17 @@ class Package:
         return (*cells, extra, stream, *coordinates, *self._tail)
 
     def add_rows(self, cells: Sequence[Any], coordinates: Sequence[Any]) -> None:
-        """Records that fit and hold nothing unknown, as Arrow columns of text; coordinates as in `add_row`."""
-        rows = len(cells[0])
-        if rows:
-            self._rows.write_columns((*cells, None, str(self._stream.stream_id), *coordinates, *self._tail), rows)
+        """Records that fit and hold nothing unknown, as Arrow columns: cells of text, coordinates as they are."""
+        from ingestion.binary import NoBinaryFormError, binary_rows
+
+        count = len(cells[0])
+        if not count:
+            return
+        columns = (*cells, None, str(self._stream.stream_id), *coordinates, *self._tail)
+        try:
+            self._binary_rows.write(binary_rows(self._types, columns), count)
+        except NoBinaryFormError:
+            self._rows.write(copy_lines(columns), count)
 
     def add_dead_letter(
         self,
@@ -278,7 +293,7 @@ class Package:
             *(None, None, None, None),
             self.load_id,
         )
-        self._dead.write([cell(value) for value in values])
+        self._dead.write(copy_line([cell(value) for value in values]).encode(), 1)
 
     def add_interval(self, interval: Interval) -> None:
         """What was read, accounted for."""
@@ -311,16 +326,16 @@ class Package:
             self.loaded_at,
             self.load_id,
         )
-        self._ledger.write([cell(value) for value in values])
+        self._ledger.write(copy_line([cell(value) for value in values]).encode(), 1)
 
     def close(self) -> None:
         """Nothing more comes."""
-        for files in (self._rows, self._dead, self._ledger):
+        for files in (self._binary_rows, self._rows, self._dead, self._ledger):
             files.close()
 
     def files(self) -> Iterator[tuple[str, Path, int]]:
         """(table, path, number of rows) of each file, in the order in which they are copied."""
-        for files in (self._rows, self._dead, self._ledger):
+        for files in (self._binary_rows, self._rows, self._dead, self._ledger):
             for path, rows in files.paths:
                 yield files.table, path, rows
 

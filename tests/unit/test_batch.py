@@ -18,8 +18,10 @@ import pyarrow.compute as pc
 import pytest
 from confluent_kafka import Message
 
-from ingestion.batch import BatchDecoder, MessageBatch, split_by_size, time_cells, to_re2
+from ingestion.batch import BatchDecoder, MessageBatch, split_by_size, times_of, to_re2
+from ingestion.binary import NoBinaryFormError, binary_rows
 from ingestion.contract import Contract, Rejection, Row
+from ingestion.ddl import raw_columns
 from ingestion.feeds import (
     AcceptedValues,
     ColumnSpec,
@@ -32,11 +34,21 @@ from ingestion.feeds import (
     Rule,
 )
 from ingestion.ledger import Stream, Writer
-from ingestion.package import Package, copy_line, copy_lines, headers_json, hex_texts
+from ingestion.package import (
+    BINARY_HEADER,
+    BINARY_TRAILER,
+    Package,
+    cell,
+    copy_line,
+    copy_lines,
+    headers_json,
+    hex_texts,
+)
 from ingestion.profile import Profile
 from ingestion.topic import Tally, decode_messages
 from orchestration.sample import FEEDS, TRANSACTIONS, USER_EVENTS, SampleSpec, generate
 from orchestration.sample.defects import catalogue
+from tests.harness.copy_formats import SIGNATURE, read_binary, read_text, value_of_bytes, value_of_text
 
 EVERY_TYPE = "raw_tests.every_type"
 START = datetime(2026, 1, 5, tzinfo=UTC)
@@ -349,24 +361,9 @@ def test_patterns_the_engines_may_read_differently_are_not(pattern: str) -> None
 # --- Messages and what is written -------------------------------------------------------------------------------------
 
 
-def read_back(data: bytes) -> list[tuple[str | None, ...]]:
-    """The cells of lines in COPY's text format, by the rules of the Postgres manual."""
-    escapes = {"t": "\t", "n": "\n", "r": "\r", "\\": "\\"}
-    lines = data.decode().split("\n")
-    assert lines.pop() == "", "the last line is ended"
-    assert "\r" not in data.decode()
-    return [
-        tuple(
-            None if field == "\\N" else re.sub(r"\\(.)", lambda found: escapes[found[1]], field)
-            for field in line.split("\t")
-        )
-        for line in lines
-    ]
-
-
 def split_header(data: bytes) -> tuple[list[str], list[tuple[str | None, ...]]]:
     names, lines = data.split(b"\n", 1)
-    return names.decode().split(" "), read_back(lines)
+    return names.decode().split(" "), read_text(lines)
 
 
 NASTY = [
@@ -398,14 +395,14 @@ def test_columns_are_written_as_single_lines_are() -> None:
     constants = (None, 'constant,\t"quoted"')
     written = bytes(copy_lines([*columns, *constants]))
     assert written.decode() == "".join(copy_line((*row, *constants)) for row in rows)
-    assert read_back(written) == [(*row, *constants) for row in rows]
+    assert read_text(written) == [(*row, *constants) for row in rows]
 
 
 @pytest.mark.parametrize("nasty", NASTY)
 def test_one_nasty_cell_in_a_plain_column(nasty: str | None) -> None:
     cells = ["plain", None, "", nasty, "plain"]
     written = bytes(copy_lines([pa.array(cells, pa.string()), pa.array([b"\x00"] * 5, pa.binary()), "1"]))
-    assert read_back(written) == [(cell, "\\x00", "1") for cell in cells]
+    assert read_text(written) == [(cell, "\\x00", "1") for cell in cells]
 
 
 def messages_of(feed: FeedSpec, count: int) -> list[Message]:
@@ -439,7 +436,7 @@ def test_what_is_written_is_what_one_by_one_would_be(feed: FeedSpec, tmp_path: P
     reasons: Counter[str] = Counter()
     decode_messages(messages, BatchDecoder(Contract(feed)), package, tallies, reasons, Profile())
     package.close()
-    files = {table: path.read_bytes() for table, path, _ in package.files()}
+    files = {(table, path.suffix): path.read_bytes() for table, path, _ in package.files()}
 
     contract = Contract(feed)
     rows, dead, tombstones = [], [], 0
@@ -449,7 +446,7 @@ def test_what_is_written_is_what_one_by_one_would_be(feed: FeedSpec, tmp_path: P
             tombstones += 1
             continue
         kind, milliseconds = message.timestamp()
-        sent_at = time_cells(pa.array([milliseconds if kind else None], pa.int64()))[0].as_py()
+        sent_at = cell(times_of(pa.array([milliseconds if kind else None], pa.int64()))[0].as_py())
         place = (str(message.partition()), str(message.offset()), sent_at)
         key = None if message.key() is None else "\\x" + message.key().hex()
         verdict = contract.decode(value)
@@ -459,10 +456,16 @@ def test_what_is_written_is_what_one_by_one_would_be(feed: FeedSpec, tmp_path: P
         else:
             dead.append((*place, verdict.reason.value, verdict.path, verdict.message, key, "\\x" + value.hex()))
 
-    header, written = split_header(files[feed.table])
-    assert len(header) == len(written[0])
-    assert Counter(written) == Counter(rows)
-    names, letters = split_header(files["_dead_letters"])
+    columns = [(name, type_) for name, type_, _ in raw_columns(feed)]
+    names, written = split_header(files[feed.table, ".text"])
+    assert names == [name for name, _ in columns]
+    names, in_binary = files[feed.table, ".binary"].split(b"\n", 1)
+    assert names.decode().split(" ") == [name for name, _ in columns]
+    types = [type_ for _, type_ in columns]
+    values = [tuple(map(value_of_text, types, row)) for row in written]
+    values += [tuple(map(value_of_bytes, types, row)) for row in read_binary(in_binary)]
+    assert Counter(values) == Counter(tuple(map(value_of_text, types, row)) for row in rows)
+    names, letters = split_header(files["_dead_letters", ".text"])
     wanted = ("_kafka_partition", "_kafka_offset", "source_time", "reason", "path", "message", "raw_key", "raw_value")
     picked = [names.index(name) for name in wanted]
     assert Counter(tuple(letter[i] for i in picked) for letter in letters) == Counter(dead)
@@ -490,19 +493,88 @@ def test_bytes_are_written_as_hexadecimal_digits() -> None:
         assert hex_texts(column).to_pylist() == [None if item is None else "\\\\x" + item.hex() for item in some]
 
 
-def test_times_are_written_to_the_millisecond_and_none_beyond_the_calendar() -> None:
+def test_times_to_the_millisecond_and_none_beyond_the_calendar() -> None:
     times = [0, -1, 1_767_571_200_021, 253_402_300_799_999, 253_402_300_800_000, None, -(2**62), -62_135_596_800_000]
-    assert time_cells(pa.array(times, pa.int64())).to_pylist() == [
-        "1970-01-01 00:00:00.000+00",
-        "1969-12-31 23:59:59.999+00",
-        "2026-01-05 00:00:00.021+00",
-        "9999-12-31 23:59:59.999+00",
+    column = times_of(pa.array(times, pa.int64()))
+    texts = [
+        "1970-01-01 00:00:00.000Z",
+        "1969-12-31 23:59:59.999Z",
+        "2026-01-05 00:00:00.021Z",
+        "9999-12-31 23:59:59.999Z",
         None,
         None,
         None,
-        "0001-01-01 00:00:00.000+00",
+        "0001-01-01 00:00:00.000Z",
     ]
-    assert time_cells(pa.array([None], pa.int64())).to_pylist() == [None]
+    assert read_text(bytes(copy_lines([column]))) == [(text,) for text in texts]
+    assert in_binary(["timestamptz"], [column]) == [(value_of_text("timestamptz", text),) for text in texts]
+    assert times_of(pa.array([None], pa.int64())).to_pylist() == [None]
+
+
+def in_binary(types: Sequence[str], columns: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """What Postgres makes of the columns in COPY's binary format."""
+    data = BINARY_HEADER + bytes(binary_rows(types, columns)) + BINARY_TRAILER
+    return [tuple(map(value_of_bytes, types, row)) for row in read_binary(data)]
+
+
+BINARY_CELLS: dict[str, list[str | None]] = {
+    "boolean": ["true", "false", None],
+    "integer": ["0", "-1", "2147483647", "-2147483648", None],
+    "bigint": ["0", "-1", "9223372036854775807", "-9223372036854775808", None],
+    "numeric(18,4)": ["0", "-0.0", "0.0001", "-0.0001", "99999999999999.9999", "-12345.6", "10000", "123.4500", None],
+    "numeric(12,3)": ["0.001", "999999999.999", "-1.5", "20000.02", None],
+    "numeric(38,9)": ["0.000000001", "9223372.036854775", "-1", None],
+    "numeric(60,3)": ["1", "-922337203685477.580", None],
+    "numeric(3,3)": ["0.999", "-0.001", "0", None],
+    "numeric(6,0)": ["999999", "-10000", "1", None],
+    "date": ["2000-01-01", "1999-12-31", "0001-01-01", "9999-12-31", None],
+    "timestamptz": [
+        "2026-01-05T10:11:12.123456Z",
+        "2026-01-05 10:11:12+05:30",
+        "1999-12-31T23:59:59.999999-15:59",
+        "2026-01-05T10:11Z",
+        None,
+    ],
+    "uuid": ["00000000-0000-0000-0000-000000000001", "FFFFFFFF-ffff-4fff-8fff-fffffffffff0", None],
+    "text": ["", " ", "é漢😀", "\\N", "\t\n", None],
+    "jsonb": ['{"a": [1, "b"]}', '""', None],
+}
+
+
+@pytest.mark.parametrize("type_", BINARY_CELLS)
+def test_every_type_in_binary_is_what_its_text_says(type_: str) -> None:
+    cells = BINARY_CELLS[type_]
+    for some in (cells, cells[:-1], [*cells[:1], *cells, *cells], [None], [None, cells[0]]):
+        # A part of a column, as a filter leaves it.
+        column = pa.array([cells[0], *some, None], pa.string()).slice(1, len(some))
+        expected = [(value_of_text(type_, text), 7, value_of_text(type_, cells[0]), "end") for text in some]
+        assert in_binary([type_, "integer", type_, "text"], [column, "7", cells[0], "end"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("type_", "text"),
+    [
+        ("timestamptz", "2026-01-05T10:11:12.1234567Z"),
+        ("numeric(38,9)", "9223372036.854775808"),
+        ("numeric(38,2)", "123456789012345678901234567890.12"),
+        ("numeric(60,3)", "1" * 57),
+        ("numeric(60,40)", "1"),
+        ("numeric", "1"),
+        ("numeric(18,4)", "0.00001"),
+        ("uuid", "0-0"),
+        ("uuid", "g" * 32),
+        ("interval", "1 day"),
+    ],
+)
+def test_what_has_no_exact_binary_form_is_left_to_the_text(type_: str, text: str) -> None:
+    with pytest.raises(NoBinaryFormError):
+        binary_rows([type_], [pa.array([text], pa.string())])
+
+
+def test_binary_begins_as_no_text_can() -> None:
+    assert BINARY_HEADER[: len(SIGNATURE)] == SIGNATURE
+    with pytest.raises(UnicodeDecodeError):
+        BINARY_HEADER.decode()
 
 
 def test_large_batches_are_taken_in_parts() -> None:
