@@ -169,11 +169,11 @@ def growth(options: argparse.Namespace, servers: Servers) -> dict[str, Any]:
 
 def models(options: argparse.Namespace, servers: Servers) -> dict[str, Any]:
     """Seconds of a build after a day's new rows, by how many are there."""
-    figures = {}
-    for past in filter(None, options.pasts):
-        with database(servers.dsn, "bench") as dsn:
-            figures[past] = builds.measure(servers.settings, dsn, past, options.rounds)
-    return figures
+    with ExitStack() as stack:
+        dsns = {
+            past: stack.enter_context(database(servers.dsn, f"bench_{past}")) for past in filter(None, options.pasts)
+        }
+        return builds.measure(servers.settings, dsns, options.rounds)
 
 
 def fixed(options: argparse.Namespace, servers: Servers) -> dict[str, Any]:

@@ -210,7 +210,7 @@ class Dbt:
         profiles = scratch / "profiles"
         profiles.mkdir()
         shutil.copy(PROJECT / "profiles.yml.example", profiles / "profiles.yml")
-        for name, value in {
+        self.address = {
             "WAREHOUSE_DB_HOST": parts.get("host", "127.0.0.1"),
             "WAREHOUSE_DB_PORT": str(parts.get("port", 5432)),
             "WAREHOUSE_DB_USER": parts["user"],
@@ -218,14 +218,14 @@ class Dbt:
             "WAREHOUSE_DB_NAME": parts["dbname"],
             "DBT_PROFILES_DIR": str(profiles),
             "DBT_PROJECT_DIR": str(PROJECT),
-        }.items():
-            monkeypatch.setenv(name, value)
+        }
 
     def __call__(self, *args: str, schema: str = "analytics") -> tuple[bool, list[Any]]:
         """Whether the command succeeded, and its results; `schema` prefixes all schemas (the default does not)."""
         from dbt.cli.main import dbtRunner
 
-        self.monkeypatch.setenv("WAREHOUSE_SCHEMA", schema)
+        for name, value in (self.address | {"WAREHOUSE_SCHEMA": schema}).items():
+            self.monkeypatch.setenv(name, value)
         target = self.scratch / schema
         if not target.exists():
             target.mkdir()
