@@ -39,3 +39,37 @@ create table if not exists ops.standing (
     counts jsonb not null,
     built_at timestamptz not null default clock_timestamp()
 );
+
+-- What a dbt build could take in when it began; kept until it ends. See macros/note_folded_loads.sql.
+create table if not exists ops.builds_begun (
+    invocation_id text not null,
+    feed text not null,
+    load_id text not null,
+    begun_at timestamptz not null default clock_timestamp(),
+    primary key (invocation_id, feed)
+);
+
+-- Per model the last load of each feed it has surely folded in, by its last build that passed, whoever ran it; '' for
+-- none. The age of a table starts here: see orchestration/ages.py.
+create table if not exists ops.model_loads (
+    model text not null,
+    feed text not null,
+    load_id text not null,
+    built_at timestamptz not null,
+    primary key (model, feed)
+);
+
+-- The age of each feed and mart at each tick; a tick is one measured_at. `hop`: what holds the table back, a feed or a
+-- model.
+create table if not exists ops.table_ages (
+    measured_at timestamptz not null,
+    table_name text not null,
+    age interval,
+    warn_after interval,
+    error_after interval,
+    state text not null check (state in ('pass', 'warn', 'error', 'unknown')),
+    hop text not null,
+    held_by text not null,
+    primary key (measured_at, table_name)
+);
+create index if not exists table_ages__table on ops.table_ages (table_name, measured_at desc);
