@@ -15,6 +15,7 @@ from typing import Any
 
 import psycopg2.extensions
 from psycopg2 import sql
+from psycopg2.extras import execute_values
 
 from ingestion.errors import ConfigurationError
 from ingestion.settings import Settings
@@ -77,14 +78,15 @@ def measure(lineage: "Lineage", connection: Connection, now: datetime) -> list[T
 
 def record_ages(connection: Connection, ages: Sequence[TableAge], at: datetime) -> None:
     """Keep what was measured at a tick: a row per table in `ops.table_ages`. Bounded by the history's retention."""
+    if not ages:
+        return
     with connection.cursor() as cursor:
-        for age in ages:
-            cursor.execute(
-                "insert into ops.table_ages "
-                "(measured_at, table_name, age, warn_after, error_after, state, hop, held_by) "
-                "values (%s, %s, %s, %s, %s, %s, %s, %s) on conflict (measured_at, table_name) do nothing",
-                (at, age.table, age.age, age.warn_after, age.error_after, age.state, age.hop, age.held_by),
-            )
+        execute_values(
+            cursor,
+            "insert into ops.table_ages (measured_at, table_name, age, warn_after, error_after, state, hop, held_by) "
+            "values %s on conflict (measured_at, table_name) do nothing",
+            [(at, a.table, a.age, a.warn_after, a.error_after, a.state, a.hop, a.held_by) for a in ages],
+        )
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,23 @@ create table if not exists ops.run_steps (
     primary key (run_id, step, feed)
 );
 
+-- The history is cut off at its old end, and looked at from its new one.
+create index if not exists runs__started on ops.runs (started_at);
+
+-- What became of dbt's models and seeds, and of the tests that did not pass; dbt's messages may quote rows and are left
+-- out.
+create table if not exists ops.run_nodes (
+    run_id text not null references ops.runs on delete cascade,
+    kind text not null,
+    node text not null,
+    status text not null,
+    finished_at timestamptz not null,
+    seconds double precision not null,
+    rows bigint,
+    failures bigint,
+    primary key (run_id, kind, node)
+);
+
 -- Source freshness asks for the last successful step of a feed.
 create index if not exists run_steps__feed_finished on ops.run_steps (feed, finished_at desc);
 
@@ -73,3 +90,15 @@ create table if not exists ops.table_ages (
     primary key (measured_at, table_name)
 );
 create index if not exists table_ages__table on ops.table_ages (table_name, measured_at desc);
+
+-- What waits for each feed at each tick: offsets at the broker (null where it was not asked or did not answer) and dead
+-- letters open.
+create table if not exists ops.queue_depths (
+    measured_at timestamptz not null,
+    feed text not null,
+    lag bigint,
+    open_dead_letters bigint not null,
+    oldest_dead_letter_at timestamptz,
+    primary key (measured_at, feed)
+);
+create index if not exists queue_depths__feed on ops.queue_depths (feed, measured_at desc);
