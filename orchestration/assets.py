@@ -142,6 +142,7 @@ def build_dbt_assets(manifest: Manifest) -> dg.AssetsDefinition:
                 report = transform.run_build(
                     settings, arguments, lambda _n, _s, done, due: task.update(done, due), command
                 )
+                run.record_nodes(report.nodes)
                 transform.require_built(report, command)
         except WarehouseError as error:
             failure = error
