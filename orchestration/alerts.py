@@ -45,25 +45,25 @@ class Change:
     summary: str
 
 
-@dataclass(frozen=True)
 class Clock:
-    """Time as a tick sees it: its `now` and what has passed since. A test gives its own."""
+    """Time as a tick sees it: its `now`, and what has passed since. A test gives its own."""
 
-    now: datetime
-    monotonic: Callable[[], float] = time.monotonic
-    sleep: Callable[[float], None] = time.sleep
-    draw: Callable[[float, float], float] = random.uniform
-    started: float = field(default=-1.0)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "started", self.monotonic())
+    def __init__(
+        self,
+        now: datetime,
+        monotonic: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        draw: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        self._now, self._monotonic, self.sleep, self.draw = now, monotonic, sleep, draw
+        self._started = monotonic()
 
     @property
     def passed_s(self) -> float:
-        return self.monotonic() - self.started
+        return self._monotonic() - self._started
 
     def time(self) -> datetime:
-        return self.now + timedelta(seconds=self.passed_s)
+        return self._now + timedelta(seconds=self.passed_s)
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,9 @@ def update_incidents(
 
     def tell(event: str, incident: Incident) -> None:
         changes.append(Change(event, incident.key, incident.severity, incident.summary))
-        # Whoever joined later has not heard of it and is told that it is open.
         told = _told(cursor, incident)
         for receiver in receivers:
-            if receiver.name in told or event == "opened":
+            if receiver.name in told:
                 _enqueue(cursor, receiver, event, incident, source, now)
 
     for key, condition in found.conditions.items():
@@ -160,7 +159,7 @@ def update_incidents(
         resolved = _resolve(cursor, incident, now, "it is over")
         if incident.state == "open":
             tell("resolved", resolved)
-    _tell_newcomers(cursor, receivers, source, now)
+    _tell_who_has_not_heard(cursor, receivers, source, now)
     return changes
 
 
@@ -281,14 +280,12 @@ def _enqueue(cursor: Cursor, receiver: Receiver, event: str, incident: Incident,
 
 def _told(cursor: Cursor, incident: Incident) -> set[str]:
     """Receivers that hear of the incident."""
-    cursor.execute(
-        "select distinct receiver from ops.alert_deliveries where incident_id = %s", (incident.incident_id,)
-    )
+    cursor.execute("select distinct receiver from ops.alert_deliveries where incident_id = %s", (incident.incident_id,))
     return {row[0] for row in cursor.fetchall()}
 
 
-def _tell_newcomers(cursor: Cursor, receivers: Sequence[Receiver], source: str, now: datetime) -> None:
-    """Whatever is open, to receivers that were not named yet when it began."""
+def _tell_who_has_not_heard(cursor: Cursor, receivers: Sequence[Receiver], source: str, now: datetime) -> None:
+    """What is open, also to receivers that were not named yet when it began."""
     for receiver in receivers:
         cursor.execute(
             f"select {_COLUMNS} from ops.incidents as i where state = 'open' and not exists (select "
@@ -384,7 +381,8 @@ def _deliver_next(
 
 def _mark_delivered(cursor: Cursor, receiver: Receiver, delivery_id: int, now: datetime) -> None:
     cursor.execute(
-        "update ops.alert_deliveries set delivered_at = %s, tries = tries + 1 where delivery_id = %s", (now, delivery_id)
+        "update ops.alert_deliveries set delivered_at = %s, tries = tries + 1 where delivery_id = %s",
+        (now, delivery_id),
     )
     cursor.execute(
         "update ops.alert_receivers set failures = 0, hold_until = null, problem = null, problem_at = null, "
@@ -467,7 +465,9 @@ class ReceiverState:
 def fetch_incidents(connection: Connection, *, everything: bool = False, limit: int = 50) -> list[Incident]:
     """Open incidents, the worst and oldest first; with `everything` the last ones of any state, newest first."""
     where = "true" if everything else "state = 'open'"
-    order = "opened_at desc" if everything else "array_position(array['critical', 'error', 'warning'], severity), opened_at"
+    order = (
+        "opened_at desc" if everything else "array_position(array['critical', 'error', 'warning'], severity), opened_at"
+    )
     with connection, connection.cursor() as cursor:
         cursor.execute(f"select {_COLUMNS} from ops.incidents where {where} order by {order} limit %s", (limit,))
         return [Incident(*row) for row in cursor.fetchall()]

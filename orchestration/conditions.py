@@ -24,7 +24,6 @@ from ingestion.errors import ErrorClass
 from ingestion.feeds import FeedSpec, KafkaOrigin
 from ingestion.settings import Settings
 from orchestration.console import render_age
-from orchestration.transform import find_failed_nodes
 
 if TYPE_CHECKING:
     from orchestration.ages import TableAge
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 Cursor = psycopg2.extensions.cursor
 
 STUCK_SETTING = "WAREHOUSE_ALERT_STUCK_SECONDS"
-STUCK_S = 900.0
+STUCK_S = 300.0
 # What people run and look at themselves; a dry run that failed is nobody else's business.
 ATTENDED = ("replay", "dead-letters replay", "dead-letters discard")
 # A table somebody is building is asked again at the next tick.
@@ -162,10 +161,12 @@ class _Last:
     command: str
     trigger: str
     code_version: str
+    nodes: list[str]
 
 
 # Each (step, feed) by a walk from one to the next in the index, and its last outcome: the history may be long. A step
-# that failed counts once its run has ended, because until then it may be tried again. An interrupt by hand says nothing.
+# that failed counts once its run has ended, because until then it may be tried again. An interrupt by hand says nothing,
+# and a killed run is told as one that shows no life.
 _LAST_STEPS = """
 with recursive units as (
     (select step, feed from ops.run_steps order by step, feed limit 1)
@@ -177,14 +178,18 @@ with recursive units as (
 )
 select
     l.step, l.feed, l.outcome, coalesce(l.error_class, ''), coalesce(l.message, ''), l.finished_at,
-    l.run_id, l.command, l.trigger, l.code_version
+    l.run_id, l.command, l.trigger, l.code_version,
+    case when l.step in ('build', 'test') then array(
+        select n.kind || ' ' || n.node from ops.run_nodes as n
+        where n.run_id = l.run_id and n.status in ('fail', 'error', 'runtime error') order by 1
+    ) else '{}' end
 from units as u cross join lateral (
     select s.*, r.command, r.trigger, r.code_version
     from ops.run_steps as s inner join ops.runs as r on s.run_id = r.run_id
     where
         s.step = u.step and s.feed = u.feed
         and (s.outcome = 'success' or (s.outcome = 'failed' and r.outcome <> 'running'))
-        and not (s.outcome = 'failed' and coalesce(s.error_class, '') = 'interrupted' and r.trigger = 'manual')
+        and not coalesce(s.error_class = 'killed' or (s.error_class = 'interrupted' and r.trigger = 'manual'), false)
         and r.command <> all(%s)
     order by s.finished_at desc limit 1
 ) as l
@@ -203,12 +208,12 @@ with recursive commands as (
 )
 select
     '', '', l.outcome, coalesce(l.error_class, ''), coalesce(l.message, ''), l.finished_at,
-    l.run_id, l.command, l.trigger, l.code_version
+    l.run_id, l.command, l.trigger, l.code_version, '{}'::text[]
 from commands as c cross join lateral (
     select r.* from ops.runs as r
     where
         r.command = c.command and r.outcome <> 'running'
-        and not (coalesce(r.error_class, '') = 'interrupted' and r.trigger = 'manual')
+        and not coalesce(r.error_class = 'killed' or (r.error_class = 'interrupted' and r.trigger = 'manual'), false)
     order by r.started_at desc limit 1
 ) as l
 where
@@ -243,8 +248,7 @@ def _is_explained(last: _Last, explained: set[str]) -> bool:
         return False
     if last.feed:
         return f"{Kind.DEAD_LETTERS}/{last.feed}" in explained
-    nodes = find_failed_nodes(last.message)
-    of_reconciliation = bool(nodes) and all(".audit_reconciliation" in f".{name.split()[-1]}" for name in nodes)
+    of_reconciliation = bool(last.nodes) and all(name.startswith("test audit_reconciliation") for name in last.nodes)
     return of_reconciliation and any(key.startswith(f"{Kind.RECONCILIATION}/") for key in explained)
 
 
@@ -260,7 +264,7 @@ def _group(last: _Last, declared: Mapping[str, FeedSpec]) -> str:
 def _to_failure(key: str, lasts: Sequence[_Last]) -> Condition:
     newest = lasts[-1]
     feeds = sorted(one.feed for one in lasts if one.feed)
-    nodes = [] if feeds else find_failed_nodes(newest.message)
+    nodes = newest.nodes
     what = f"{newest.step or newest.command} of {_some(feeds)}" if feeds else newest.step or newest.command
     summary = f"{what} failed: {newest.error_class or 'failed'}"
     if nodes:
@@ -309,15 +313,18 @@ def _remedy(last: _Last, feeds: Sequence[str]) -> str:
 
 
 def _find_stuck(cursor: Cursor, now: datetime, stuck_s: float) -> list[Condition]:
-    """Runs that say they run and have shown no life; a later one of the same command that got through ends it."""
+    """Runs that show no life: their process hangs or was killed. A later one of the same command that got through ends
+    it.
+    """
     cursor.execute(
         "select distinct on (r.command) r.run_id, r.command, r.trigger, r.started_at, r.heartbeat_at, "
         "(select string_agg(trim(s.step || ' ' || s.feed), ', ') from ops.run_steps as s "
-        "where s.run_id = r.run_id and s.outcome = 'running') "
-        "from ops.runs as r where r.outcome = 'running' and r.heartbeat_at < %s and not exists (select from ops.runs as n "
+        "where s.run_id = r.run_id and (s.outcome = 'running' or s.error_class = 'killed')) "
+        "from ops.runs as r where ((r.outcome = 'running' and r.heartbeat_at < %s) or r.error_class = 'killed') "
+        "and r.command <> all(%s) and not exists (select from ops.runs as n "
         "where n.command = r.command and n.started_at > r.started_at and n.outcome = 'success') "
         "order by r.command, r.started_at desc",
-        (now - timedelta(seconds=stuck_s),),
+        (now - timedelta(seconds=stuck_s), list(ATTENDED)),
     )
     return [
         Condition(

@@ -15,7 +15,7 @@ import json
 import queue
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -25,7 +25,8 @@ from ingestion.errors import ConfigurationError
 from ingestion.retry import parse_retry_after
 from ingestion.settings import Settings
 
-WEBHOOK, SLACK, PAGERDUTY = "webhook", "slack", "pagerduty"
+WEBHOOK, SLACK, PAGERDUTY, HEARTBEAT = "webhook", "slack", "pagerduty", "heartbeat"
+NAMES = (WEBHOOK, SLACK, PAGERDUTY)
 
 PAGERDUTY_BASE = "https://events.pagerduty.com"
 LOCAL_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -276,25 +277,43 @@ def shorten(text: str, chars: int) -> str:
 
 def send(receiver: Receiver, document: Document, now: datetime, within_s: float = REQUEST_S) -> Outcome:
     """Tell a receiver. Never raises: what went wrong is in the outcome."""
-    request = render(receiver, document, now)
+    return _ask(render(receiver, document, now), receiver.host, within_s, says_why=receiver.name == SLACK)
+
+
+def find_heartbeat(settings: Settings) -> Receiver | None:
+    """Who notices when nobody looks any more: asked for after each look, so that its silence means something.
+
+    Raises:
+        ConfigurationError: the setting is no address.
+    """
+    url = settings.get("WAREHOUSE_ALERT_HEARTBEAT_URL")
+    return None if url is None else Receiver(HEARTBEAT, _require_url("WAREHOUSE_ALERT_HEARTBEAT_URL", url))
+
+
+def beat(heartbeat: Receiver, within_s: float = REQUEST_S) -> Outcome:
+    """Say that a look was taken."""
+    return _ask(Request(heartbeat.url, {"User-Agent": "payments-warehouse"}, b""), heartbeat.host, within_s)
+
+
+def _ask(request: Request, host: str, within_s: float, *, says_why: bool = False) -> Outcome:
     answer: queue.SimpleQueue[tuple[int, str | None, bytes] | Exception] = queue.SimpleQueue()
     # A daemon: looking up a name can take minutes when the name server is away, and nobody stays for that.
     threading.Thread(target=_post, args=(request, within_s, answer), daemon=True, name="alert").start()
     try:
         found = answer.get(timeout=within_s)
     except queue.Empty:
-        return Outcome(False, f"{receiver.host} does not answer within {within_s:.0f} s")
+        return Outcome(False, f"{host} does not answer within {within_s:.0f} s")
     if isinstance(found, Exception):
         # Its text would quote the address.
-        return Outcome(False, f"{receiver.host} cannot be reached ({type(found).__name__})")
+        return Outcome(False, f"{host} cannot be reached ({type(found).__name__})")
     status, retry_after, body = found
     if 200 <= status < 300:
         return Outcome(True)
-    said = f"{receiver.host} answered with status {status}"
+    said = f"{host} answered with status {status}"
     if status in (408, 429) or status >= 500:
         return Outcome(False, said, retry_after_s=parse_retry_after(retry_after))
-    # Slack says why in one word; anything longer might quote what it was sent.
-    word = re.fullmatch(rb"[a-z_]{2,40}", body.strip()) if receiver.name == SLACK else None
+    # Slack says why in one word; anything else might quote what it was sent.
+    word = re.fullmatch(rb"[a-z_]{2,40}", body.strip()) if says_why else None
     return Outcome(False, said + (f" ({word[0].decode()})" if word else ""), refused=True)
 
 
@@ -308,6 +327,7 @@ def _post(request: Request, within_s: float, answer: "queue.SimpleQueue[Any]") -
             data=request.body,
             headers=dict(request.headers),
             timeout=within_s,
+            # To an address nobody set, with what was meant for the one that was.
             allow_redirects=False,
             stream=True,
         ) as response:
@@ -317,9 +337,9 @@ def _post(request: Request, within_s: float, answer: "queue.SimpleQueue[Any]") -
         answer.put(error)
 
 
-def hint_of(receivers: Sequence[Receiver], name: str) -> str:
+def hint_of(name: str) -> str:
     """What to do about a receiver that refuses."""
-    setting = {WEBHOOK: "WEBHOOK_URL", SLACK: "SLACK_URL", PAGERDUTY: "PAGERDUTY_KEY"}.get(name, "")
-    if name not in {one.name for one in receivers}:
-        return f"Nothing names it any more; WAREHOUSE_ALERT_{setting} would."
-    return f"Check WAREHOUSE_ALERT_{setting}; `warehouse alerts test --receiver {name}` tries it, then what waits is sent."
+    setting = {WEBHOOK: "WEBHOOK_URL", SLACK: "SLACK_URL", PAGERDUTY: "PAGERDUTY_KEY"}[name]
+    return (
+        f"Check WAREHOUSE_ALERT_{setting}; `warehouse alerts test --receiver {name}` tries it, then what waits is sent."
+    )

@@ -321,11 +321,6 @@ def _failed(command: str, report: BuildReport, hint: str) -> DataError:
     return DataError("\n".join(lines), hint=hint)
 
 
-def find_failed_nodes(message: str) -> list[str]:
-    """Kind and name of what a `_failed` message names, without dbt's words about it, which may quote rows."""
-    return [f"{kind} {name}" for kind, name in re.findall(r"^  (\w+) (\S+?): ", message, re.MULTILINE)]
-
-
 def quoted_file_url(path: Path) -> str:
     """file:// URL of a page, for a terminal to click."""
     return "file://" + quote(str(path.resolve()))
