@@ -33,6 +33,8 @@ POLICY = RetryPolicy(base_s=1.0, cap_s=300.0)
 # A receiver that says to come back next year would never be told.
 MAX_HOLD_S = 3600.0
 LEAST_REQUEST_S = 1.0
+# On a receiver: whoever has its row sends to it, the others pass it by.
+TURN = "for update skip locked"
 
 
 @dataclass(frozen=True)
@@ -288,8 +290,8 @@ def _tell_who_has_not_heard(cursor: Cursor, receivers: Sequence[Receiver], sourc
     """What is open, also to receivers that were not named yet when it began."""
     for receiver in receivers:
         cursor.execute(
-            f"select {_COLUMNS} from ops.incidents as i where state = 'open' and not exists (select "
-            "from ops.alert_deliveries as d where d.incident_id = i.incident_id and d.receiver = %s) order by incident_id",
+            f"select {_COLUMNS} from ops.incidents as i where state = 'open' and not exists (select from "
+            "ops.alert_deliveries as d where d.incident_id = i.incident_id and d.receiver = %s) order by incident_id",
             (receiver.name,),
         )
         for row in cursor.fetchall():
@@ -345,7 +347,7 @@ def _deliver_next(
     """Send a receiver its oldest delivery; seconds until the next try, None when nothing is left to this process."""
     with connection, connection.cursor() as cursor:
         cursor.execute(
-            "select failures, hold_until, problem from ops.alert_receivers where receiver = %s for update skip locked",
+            f"select failures, hold_until, problem from ops.alert_receivers where receiver = %s {TURN}",
             (receiver.name,),
         )
         state = cursor.fetchone()
@@ -393,7 +395,8 @@ def _mark_delivered(cursor: Cursor, receiver: Receiver, delivery_id: int, now: d
 
 def _mark_refused(cursor: Cursor, receiver: Receiver, delivery_id: int, problem: str, now: datetime) -> None:
     cursor.execute(
-        "update ops.alert_deliveries set refused_at = %s, refused_because = %s, tries = tries + 1 where delivery_id = %s",
+        "update ops.alert_deliveries set refused_at = %s, refused_because = %s, tries = tries + 1 "
+        "where delivery_id = %s",
         (now, problem, delivery_id),
     )
     cursor.execute(

@@ -1,4 +1,4 @@
-"""The commands of alerts: what is open and who was told, a look at everything now, a test, closing one by hand; the watch.
+"""The commands of alerts: what is open and who was told, a look now, a test, closing one by hand; and the watch.
 
 Addresses and keys of receivers are never shown: a receiver is its kind and its host.
 """
@@ -83,9 +83,8 @@ def _show_incident(one: "Incident", now: datetime) -> None:
     if one.state == "open":
         print(f"{one.severity}: {one.summary}\n  {one.key}, for {lasted}\n  {one.action}")
     else:
-        print(
-            f"{one.state}: {one.summary}\n  {one.key}, {ended:%Y-%m-%d %H:%M} UTC after {lasted}: {one.resolved_because}"
-        )
+        print(f"{one.state}: {one.summary}")
+        print(f"  {one.key}, {ended:%Y-%m-%d %H:%M} UTC after {lasted}: {one.resolved_because}")
 
 
 def _show_receivers(states: "list[ReceiverState]") -> None:
@@ -133,7 +132,7 @@ def check_command(as_json: AsJson = False) -> None:
 
 
 @alerts_app.command("test")
-def test_command(
+def try_command(
     receiver: Annotated[
         str | None, typer.Option("--receiver", help="Only this one: webhook, slack, pagerduty.")
     ] = None,

@@ -165,8 +165,8 @@ class _Last:
 
 
 # Each (step, feed) by a walk from one to the next in the index, and its last outcome: the history may be long. A step
-# that failed counts once its run has ended, because until then it may be tried again. An interrupt by hand says nothing,
-# and a killed run is told as one that shows no life.
+# that failed counts once its run has ended, because until then it may be tried again. An interrupt by hand says
+# nothing, and a killed run is told as one that shows no life.
 _LAST_STEPS = """
 with recursive units as (
     (select step, feed from ops.run_steps order by step, feed limit 1)
@@ -332,8 +332,8 @@ def _find_stuck(cursor: Cursor, now: datetime, stuck_s: float) -> list[Condition
             Kind.RUN_STUCK,
             Severity.ERROR,
             f"{command} shows no life since {heartbeat_at:%Y-%m-%d %H:%M} UTC" + (f", at {steps}" if steps else ""),
-            "`warehouse status` shows which feeds it holds. If its process is gone, `warehouse run` sweeps what it left; "
-            "if it hangs, end it, or `warehouse ingest --take-over`.",
+            "`warehouse status` shows which feeds it holds. If its process is gone, `warehouse run` sweeps what it "
+            "left; if it hangs, end it, or `warehouse ingest --take-over`.",
             {
                 "command": command,
                 "trigger": trigger,
@@ -368,7 +368,8 @@ def find_misses(ages: "Sequence[TableAge]") -> list[Condition]:
                 Severity.ERROR if is_error else Severity.WARNING,
                 f"{worst.table} is {_age(worst.age)} old, its budget is {_age(limit)}"
                 + (f"; {_count(len(late) - 1, 'more table')} late for the same reason" if len(late) > 1 else ""),
-                "`warehouse status` shows age and lag of every feed; then `warehouse run`, or see whether the sender sends.",
+                "`warehouse status` shows age and lag of every feed; then `warehouse run`, or see whether the sender "
+                "sends.",
                 {
                     "held_by": _say(worst.held_by),
                     "table": worst.table,
@@ -383,13 +384,14 @@ def find_misses(ages: "Sequence[TableAge]") -> list[Condition]:
 
 
 def _find_excesses(cursor: Cursor, feeds: Sequence[FeedSpec]) -> list[Condition]:
-    """Feeds whose last run that was offered anything set more aside than its budget, and whose letters are still open."""
+    """Feeds whose last run that was offered anything was over its budget, with dead letters still open."""
     found = []
     for feed in feeds:
         cursor.execute(
             "select s.run_id, coalesce(s.offered, s.rows + s.dead), s.dead, s.finished_at from ops.run_steps as s "
             "inner join ops.runs as r on s.run_id = r.run_id "
-            "where s.step = 'ingest' and s.feed = %s and coalesce(s.offered, s.rows + s.dead) > 0 and r.outcome <> 'running' "
+            "where s.step = 'ingest' and s.feed = %s and coalesce(s.offered, s.rows + s.dead) > 0 "
+            "and r.outcome <> 'running' "
             "and (s.outcome = 'success' or (s.outcome = 'failed' and s.error_class = 'data')) "
             "order by s.finished_at desc limit 1",
             (feed.name,),
@@ -404,8 +406,8 @@ def _find_excesses(cursor: Cursor, feeds: Sequence[FeedSpec]) -> list[Condition]
                     Kind.DEAD_LETTERS,
                     Severity.ERROR,
                     f"{feed.name} {excess}",
-                    f"`warehouse dead-letters list --feed {feed.name}` says why. Correct the sender or the contract, then "
-                    "`warehouse dead-letters replay`.",
+                    f"`warehouse dead-letters list --feed {feed.name}` says why. Correct the sender or the contract, "
+                    "then `warehouse dead-letters replay`.",
                     {
                         "feed": feed.name,
                         "owner": feed.owner,
@@ -458,7 +460,8 @@ def _find_losses(cursor: Cursor, feeds: Sequence[FeedSpec]) -> list[Condition]:
                     Severity.CRITICAL,
                     f"{feed.name}: the source lost records: {_say(losses[-1][1])}"
                     + (f"; {len(losses) - 1:,} more" if len(losses) > 1 else ""),
-                    f'`warehouse status` tells them; when it is known why, `warehouse feeds accept-loss {feed.name} --reason "..."`.',
+                    "`warehouse status` tells them; when it is known why, "
+                    f'`warehouse feeds accept-loss {feed.name} --reason "..."`.',
                     {
                         "feed": feed.name,
                         "owner": feed.owner,

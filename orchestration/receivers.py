@@ -3,8 +3,8 @@
     document (alert.schema.json) -> webhook: as it is, signed | Slack: blocks and a text | PagerDuty: an event
     one POST -> delivered, later (an outage), or refused (a setting has to change)
 
-Addresses and keys come from the settings; an address of Slack is a secret. None of them is printed, stored or part of an
-error: a receiver is known by its kind and host, a changed setting by a digest.
+Addresses and keys come from the settings; an address of Slack is a secret. None of them is printed, stored or part of
+an error: a receiver is known by its kind and host, a changed setting by a digest.
 """
 
 import base64
@@ -244,15 +244,16 @@ def render_slack(document: Document) -> dict[str, Any]:
 
 
 def _heading(document: Document) -> str:
-    event, severity = document["event"], document["incident"]["severity"].capitalize()
-    return {
+    severity = str(document["incident"]["severity"]).capitalize()
+    headings = {
         "opened": severity,
         "resolved": "Resolved",
         "escalated": f"Now {severity.lower()}",
         "changed": f"{severity}, more of it",
         "reminded": f"{severity}, still",
         "test": "Test",
-    }[event]
+    }
+    return headings[document["event"]]
 
 
 def _section(text: str) -> dict[str, Any]:
@@ -341,5 +342,5 @@ def hint_of(name: str) -> str:
     """What to do about a receiver that refuses."""
     setting = {WEBHOOK: "WEBHOOK_URL", SLACK: "SLACK_URL", PAGERDUTY: "PAGERDUTY_KEY"}[name]
     return (
-        f"Check WAREHOUSE_ALERT_{setting}; `warehouse alerts test --receiver {name}` tries it, then what waits is sent."
+        f"Check WAREHOUSE_ALERT_{setting}; once `warehouse alerts test --receiver {name}` passes, what waits is sent."
     )

@@ -2,9 +2,9 @@
 
     ages and queues -> conditions -> incidents and outbox (one transaction) -> receivers
 
-`tick` is one look. It is taken at the end of each recorded run of the command line (`watched`), every minute by Dagster's
-sensor or by `warehouse watch`, and by `warehouse alerts check`; any number of them at once do no harm. None of it needs
-a run: ages grow while nothing runs.
+`tick` is one look. It is taken at the end of each recorded run of the command line (`watched`), every minute by
+Dagster's sensor or by `warehouse watch`, and by `warehouse alerts check`; any number of them at once do no harm. None
+of it needs a run: ages grow while nothing runs.
 
 A warehouse whose Postgres is down cannot look, and tells nobody. That is what the heartbeat is for: it is sent after
 each look, and somebody else's watch notices that it stopped.
@@ -162,6 +162,7 @@ def _look_after_run(settings: Settings, connection: Connection, reporter: Report
     if connection.closed:
         return
     try:
+        connection.autocommit = True
         with connection.cursor() as cursor:
             cursor.execute("set statement_timeout = '10s'")
         seen = tick(settings, connection, datetime.now(UTC), within_s=RUN_END_S, may_parse=False)
