@@ -151,7 +151,7 @@ def try_command(
         raise wrong[0]
     if not any(receiver in (None, one.name) for one in found):
         raise ConfigurationError(
-            f"{receiver or 'No receiver'} is not set." if receiver else "No receiver is set.",
+            f"{receiver or 'No receiver'} is {'not ' if receiver else ''}set.",
             hint="WAREHOUSE_ALERT_WEBHOOK_URL, WAREHOUSE_ALERT_SLACK_URL or WAREHOUSE_ALERT_PAGERDUTY_KEY names one; "
             "see .env.example.",
         )

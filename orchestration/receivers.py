@@ -15,7 +15,7 @@ import json
 import queue
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -297,9 +297,12 @@ def beat(heartbeat: Receiver, within_s: float = REQUEST_S) -> Outcome:
 
 
 def _ask(request: Request, host: str, within_s: float, *, says_why: bool = False) -> Outcome:
+    # Imported here, because only who has something to send needs it, and before the time runs.
+    import requests
+
     answer: queue.SimpleQueue[tuple[int, str | None, bytes] | Exception] = queue.SimpleQueue()
     # A daemon: looking up a name can take minutes when the name server is away, and nobody stays for that.
-    threading.Thread(target=_post, args=(request, within_s, answer), daemon=True, name="alert").start()
+    threading.Thread(target=_post, args=(requests.post, request, within_s, answer), daemon=True, name="alert").start()
     try:
         found = answer.get(timeout=within_s)
     except queue.Empty:
@@ -318,12 +321,9 @@ def _ask(request: Request, host: str, within_s: float, *, says_why: bool = False
     return Outcome(False, said + (f" ({word[0].decode()})" if word else ""), refused=True)
 
 
-def _post(request: Request, within_s: float, answer: "queue.SimpleQueue[Any]") -> None:
-    # Imported here: only who has something to send needs it.
-    import requests
-
+def _post(post: Callable[..., Any], request: Request, within_s: float, answer: "queue.SimpleQueue[Any]") -> None:
     try:
-        with requests.post(
+        with post(
             request.url,
             data=request.body,
             headers=dict(request.headers),

@@ -35,7 +35,7 @@ def main(when: str, is_twin: bool) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
 
-    alerts.deliver(connection, receivers, Clock(datetime.now(UTC)), within_s=5.0, post=post)
+    alerts.deliver(connection, receivers, Clock(datetime.now(UTC)), within_s=60.0, post=post)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ On a clock of the test's own and a local receiver; the runs are recorded as the 
 """
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import psycopg2
@@ -25,17 +27,18 @@ from ingestion.ddl import ensure_schema
 from ingestion.errors import ConfigurationError, DataError, SourceLossError, TransientError, WarehouseError
 from ingestion.feeds import DeadLetterBudget, FeedSpec, load_feeds
 from ingestion.settings import Settings
-from orchestration import alerts, conditions, transform, watch
+from orchestration import alerts, cli, conditions, transform, watch
 from orchestration.ages import TableAge
 from orchestration.alerts import Clock, fetch_receiver_states
 from orchestration.console import Reporter
 from orchestration.history import recorded_run
+from orchestration.manifest import keep_manifest
 from orchestration.receivers import NAMES, find_receivers
 from orchestration.run import ingest
 from orchestration.watch import send_test, tick, watched
 from tests.harness.alert_receiver import AlertReceiver
 from tests.harness.models import USER_EVENTS, RawLog, make_user_events
-from tests.harness.project_copy import PROJECT, copy_project
+from tests.harness.project_copy import OWN_SETTINGS, PROJECT, copy_project
 from tests.harness.records import payment
 from tests.unit.test_receivers import PAGERDUTY_SCHEMA, ROUTING_KEY, SLACK_SCHEMA, WEBHOOK_SCHEMA
 
@@ -213,8 +216,13 @@ def test_a_failed_data_test_is_one_alert_and_another_one_is_news(house: Warehous
     assert [event for event, _ in house.told()] == ["opened", "changed", "resolved"]
 
 
-def test_a_data_test_that_fails_in_dbt_is_one_alert_until_it_passes(house: Warehouse, query: Query) -> None:
+def test_a_data_test_that_fails_in_dbt_is_one_alert_until_it_passes(
+    house: Warehouse, query: Query, tmp_path: Path
+) -> None:
+    # With the manifest in a home of the test's own, ages are measured too.
+    house.settings = replace(house.settings, home=tmp_path)
     project = transform.parse_project(house.settings)
+    keep_manifest(house.settings, project)
 
     def build(outcome: str) -> None:
         with (
@@ -238,9 +246,16 @@ def test_a_data_test_that_fails_in_dbt_is_one_alert_until_it_passes(house: Wareh
     build("failed")
     query(change, kind, CANARY)
     build("success")
-    assert house.told() == [("opened", "run_failed/build"), ("resolved", "run_failed/build")]
-    (failed,) = house.receiver.documents("/hook")[0]["incident"]["details"]["failed"]
+    about_builds = [one for one in house.receiver.documents("/hook") if one["incident"]["kind"] == "run_failed"]
+    assert [(one["event"], one["incident"]["key"]) for one in about_builds] == [
+        ("opened", "run_failed/build"),
+        ("resolved", "run_failed/build"),
+    ]
+    (failed,) = about_builds[0]["incident"]["details"]["failed"]
     assert failed.startswith("test source_accepted_values_raw_users_user_events_event_type")
+    # What landed is of last year: the look that ends a run sees it.
+    assert [one for one in house.told() if one[1].startswith("sla_missed")] == [("opened", f"sla_missed/{USERS}")]
+    assert query("select distinct state from ops.table_ages where table_name = %s", USERS) == [("error",)]
     assert CANARY.encode() not in b"".join(one.body for one in house.receiver.received)
 
 
@@ -770,6 +785,172 @@ def test_a_budget_that_was_passed_is_one_alert_until_good_records_come(
     assert incident["summary"] == f"{PAYMENTS} set 60 of 120 records aside (50.0%), its budget is 10.0%"
     assert incident["details"]["reasons"] == ["pattern_mismatch 60"]
     assert CANARY.encode() not in b"".join(one.body for one in house.receiver.received)
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(
+    house: Warehouse, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """A command in this process -> exit code, stdout, stderr. Ages take a parsed project, and are left out."""
+    monkeypatch.setattr(watch, "_measure", lambda *_: None)
+
+    def run(*arguments: str, **values: str) -> tuple[int, str, str]:
+        for name in list(os.environ):
+            if name.startswith(OWN_SETTINGS):
+                monkeypatch.delenv(name)
+        own = {name: value for name, value in house.settings.env.items() if name.startswith(OWN_SETTINGS)}
+        places = {"WAREHOUSE_PROJECT_DIR": house.settings.project_dir, "WAREHOUSE_HOME": house.settings.home}
+        for name, value in {**own, **places, **values}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(sys, "argv", ["warehouse", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert ROUTING_KEY not in out + err
+        assert "/hook" not in out + err
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+def test_alerts_are_listed_with_what_to_do_and_who_was_told(
+    house: Warehouse, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, _ = command("alerts", "list", WAREHOUSE_ALERT_WEBHOOK_URL="")
+    assert (code, out) == (
+        0,
+        "no alert is open\nNobody is told: no WAREHOUSE_ALERT_ setting names a receiver; see .env.example.\n",
+    )
+    with_all_receivers(house)
+    house.receiver.answers = [(404, {}, b"")]
+    house.record({("ingest", PAYMENTS): DOWN})
+    code, out, _ = command("alerts", "check")
+    assert code == 0
+    host = house.receiver.base.removeprefix("http://")
+    assert out.splitlines() == [
+        f"alert opened: error: ingest of {PAYMENTS} failed: transient",
+        f"alerts: webhook: {host} answered with status 404",
+    ]
+    _, out, _ = command("alerts", "list")
+    lines = out.splitlines()
+    assert lines[0] == f"error: ingest of {PAYMENTS} failed: transient"
+    assert lines[1].startswith("  run_failed/ingest/kafka, for ")
+    assert lines[2].startswith("  `warehouse doctor` says which server does not answer.")
+    assert lines[-1].startswith("  Check WAREHOUSE_ALERT_WEBHOOK_URL; once `warehouse alerts test --receiver webhook`")
+    code, out, _ = command("alerts", "resolve", "run_failed/ingest/kafka", "--because", "known")
+    assert (code, out) == (0, f"closed: ingest of {PAYMENTS} failed: transient\n")
+    code, _, err = command("alerts", "resolve", "run_failed/ingest/kafka", "--because", "known")
+    assert (code, err.splitlines()[0]) == (2, "error: No alert run_failed/ingest/kafka is open.")
+    _, out, _ = command("alerts", "list", "--all", "--json")
+    listed = json.loads(out)
+    assert [(one["key"], one["state"], one["resolved_because"]) for one in listed["alerts"]] == [
+        ("run_failed/ingest/kafka", "closed", "known")
+    ]
+    assert [(one["receiver"], one["refused"]) for one in listed["receivers"]] == [
+        ("pagerduty", 0),
+        ("slack", 0),
+        ("webhook", 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "values", "code", "said"),
+    [
+        ((), {}, 0, "webhook: delivered to 127.0.0.1:"),
+        (("--receiver", "slack"), {}, 2, "error: slack is not set."),
+        (("--receiver", "mail"), {}, 2, "error: There is no receiver mail."),
+        ((), {"WAREHOUSE_ALERT_WEBHOOK_URL": ""}, 2, "error: No receiver is set."),
+        (
+            (),
+            {"WAREHOUSE_ALERT_WEBHOOK_URL": "http://example.com/hook"},
+            2,
+            "error: WAREHOUSE_ALERT_WEBHOOK_URL is not",
+        ),
+        ((), {"WAREHOUSE_ALERT_WEBHOOK_URL": "http://127.0.0.1:1/hook"}, 4, "webhook: 127.0.0.1:1 cannot be reached"),
+    ],
+)
+def test_a_test_alert_by_command(
+    command: Callable[..., tuple[int, str, str]], arguments: Any, values: Any, code: int, said: str
+) -> None:
+    found, out, err = command("alerts", "test", *arguments, **values)
+    assert found == code
+    assert (out + err).startswith(said)
+
+
+def run_with_sources_down(
+    house: Warehouse, command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ingestion.kafka.REQUEST_TIMEOUT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        nowhere = f"127.0.0.1:{server.getsockname()[1]}"
+    code, _, err = command(
+        "run",
+        KAFKA_BOOTSTRAP_SERVERS=nowhere,
+        FX_API_BASE=f"http://{nowhere}",
+        WAREHOUSE_RETRY_SECONDS="0",
+    )
+    assert code == 4, err
+
+
+def test_a_run_by_command_ends_with_a_look(
+    house: Warehouse, command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_with_sources_down(house, command, monkeypatch)
+    keys = [("opened", "run_failed/ingest/kafka"), ("opened", f"run_failed/ingest/{RATES}")]
+    assert sorted(house.told()) == sorted(keys)
+    # So does an ingest; the same failure is no news.
+    code, _, _ = command("ingest", RATES, FX_API_BASE="http://127.0.0.1:1", WAREHOUSE_RETRY_SECONDS="0")
+    assert code == 4
+    assert len(house.told()) == 2
+    assert command("ingest", RATES)[0] == 0
+    assert house.told()[2:] == [("resolved", f"run_failed/ingest/{RATES}")]
+
+
+def test_twin_a_run_without_a_look_tells_nobody(
+    house: Warehouse, command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestration.run.watched", lambda *_: contextlib.nullcontext())
+    run_with_sources_down(house, command, monkeypatch)
+    assert house.told() == []
+
+
+def test_the_watch_looks_until_interrupted_and_says_a_thing_once(
+    house: Warehouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Reporter, "line", lambda self, text: said.append(text))
+    monkeypatch.setattr(watch.time, "sleep", sleep)
+    house.record({("ingest", PAYMENTS): DOWN})
+    monkeypatch.setattr(watch, "_measure", lambda *_: None)
+    settings = house.settings.with_env(
+        WAREHOUSE_ALERT_SLACK_URL="no address", WAREHOUSE_ALERT_HEARTBEAT_URL=f"{house.receiver.base}/beat"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        watch.watch(settings, 60.0, Reporter())
+    assert said == [
+        f"alert opened: error: ingest of {PAYMENTS} failed: transient",
+        "alerts: WAREHOUSE_ALERT_SLACK_URL is not the https address of a receiver.",
+    ]
+    assert len([one for one in house.receiver.received if one.path == "/beat"]) == 3
+    assert all(0 < seconds <= 60 for seconds in slept)
+    # The database is away: the watch goes on, and its heartbeat stops.
+    slept.clear()
+    said.clear()
+    house.receiver.received.clear()
+    with pytest.raises(KeyboardInterrupt):
+        watch.watch(settings.with_env(WAREHOUSE_DSN="postgresql://nobody@127.0.0.1:1/x"), 60.0, Reporter())
+    assert said == ["alerts: could not look: Postgres at 127.0.0.1:1/x does not answer."]
+    assert house.receiver.received == []
 
 
 # --- nothing private --------------------------------------------------------------------------------------------------
