@@ -20,6 +20,7 @@ from orchestration.cli_base import print_json as _print_json
 from orchestration.cli_base import project_settings as _settings
 from orchestration.cli_base import services_running as _services
 from orchestration.cli_replay import dead_letters_app, replay_window_command
+from orchestration.cli_service_level import ages_command, metrics_command, report_command
 
 if TYPE_CHECKING:
     from ingestion.feeds import FeedSpec
@@ -324,6 +325,11 @@ def status(as_json: AsJson = False) -> None:
     if found.problem is not None:
         # What is known was shown.
         raise found.problem
+
+
+app.command("ages")(ages_command)
+app.command("report")(report_command)
+app.command("metrics")(metrics_command)
 
 
 @feeds_app.callback(invoke_without_command=True)

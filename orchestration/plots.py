@@ -29,11 +29,11 @@ COLOURS = {
     "error": "#080808",
     "unknown": "#090909",
 }
-WIDTH = 3.9
+WIDTH = 3.6
 HEIGHT = 1.75
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "font.size": 8,
+    "font.size": 9,
     "axes.edgecolor": COLOURS["line"],
     "axes.labelcolor": COLOURS["soft"],
     "axes.spines.top": False,
@@ -50,7 +50,7 @@ STYLE: dict[Any, Any] = {
     "ytick.left": False,
     "text.color": COLOURS["ink"],
     "legend.frameon": False,
-    "legend.fontsize": 7.5,
+    "legend.fontsize": 8.5,
 }
 
 Point = tuple[datetime, float]
@@ -70,7 +70,7 @@ class Bar:
 
 
 def plot_bars(bars: Sequence[Bar], described: str, *, limit: float | None = None) -> str:
-    """Horizontal bars, each with its label above it; `limit` draws a line that should not be crossed."""
+    """Horizontal bars, each with its label above it; `limit` marks what they should not cross."""
 
     def draw(axes: Axes) -> None:
         greatest = max([abs(bar.value) for bar in bars] + [limit or 0.0]) or 1.0
@@ -79,16 +79,18 @@ def plot_bars(bars: Sequence[Bar], described: str, *, limit: float | None = None
         for place, bar in enumerate(bars):
             axes.barh(-place, bar.value, height=0.34, color=COLOURS[bar.colour])
             # Above the bar, so that a long name takes nothing from its length.
-            at = axes.get_yaxis_transform()
-            axes.text(0, -place + 0.3, bar.label, transform=at, va="bottom", ha="left")
-            axes.text(1, -place + 0.3, bar.said, transform=at, va="bottom", ha="right", color=COLOURS["soft"])
+            whole_width = axes.get_yaxis_transform()
+            axes.text(0, -place + 0.3, bar.label, transform=whole_width, va="bottom", ha="left")
+            axes.text(1, -place + 0.3, bar.said, transform=whole_width, va="bottom", ha="right", color=COLOURS["soft"])
         axes.set_ylim(-len(bars) + 0.5, 0.85)
-        axes.axvline(0, color=COLOURS["line"], linewidth=1)
-        if limit is not None:
-            axes.axvline(limit, color=COLOURS["error"], linewidth=1)
+        # At the bars alone: the labels stand between them.
+        marks = [(0.0, "line", 1.0)] + ([] if limit is None else [(limit, "error", 1.6)])
+        for at, colour, width in marks:
+            for place in range(len(bars)):
+                axes.plot([at, at], [-place - 0.25, -place + 0.25], color=COLOURS[colour], linewidth=width)
         axes.set_axis_off()
 
-    return _render(draw, described, height=0.15 + 0.42 * len(bars))
+    return _render(draw, described, height=0.15 + 0.44 * len(bars))
 
 
 def plot_curve(
@@ -172,7 +174,7 @@ def plot_days(
 
 def _name_days(axes: Axes, span: tuple[datetime, datetime]) -> None:
     days = max((span[1] - span[0]).days, 1)
-    axes.xaxis.set_major_locator(dates.DayLocator(interval=max(round(days / 5), 1), tz=UTC))
+    axes.xaxis.set_major_locator(dates.DayLocator(interval=-(-days // 5), tz=UTC))
     axes.xaxis.set_major_formatter(dates.DateFormatter("%-d %b", tz=UTC))
 
 

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 PAGE = "report.html"
 KINDS = {"run": "Commands", "feed": "Feeds", "step": "Steps", "model": "Models", "seed": "Seeds"}
+ONE = {"run": "command", "feed": "feed", "step": "step"}
 SLOWEST = 12
+ABSENT = "–"
 # Also without colour.
 SIGNS = {"pass": "✓", "warn": "!", "error": "✕", "unknown": "?"}
 
@@ -105,7 +107,7 @@ def _heading(figures: Figures, version: str) -> Iterator[str]:
     yield '<section class="tiles">'
     state = "error" if late else "warn" if warned else "pass"
     yield _tile("Tables too old", f"{len(late)} of {len(figures.ages)}", f"{len(warned)} more to watch", state)
-    yield _tile("Misses", f"{misses:,}", f"began within {figures.span_days} days", "error" if misses else "pass")
+    yield _tile("Misses", f"{misses:,}", f"began within {figures.span_days} days", "warn" if misses else "pass")
     yield _tile(
         "Failed runs",
         f"{failed / runs:.1%}" if runs else "none yet",
@@ -161,7 +163,7 @@ def _tables(figures: Figures, curves: Curves) -> Iterator[str]:
                 "Age of each table as a share of its error_after",
                 limit=1.0,
             ),
-            "The line is error_after; bars end at one and a half of it.",
+            "The mark is error_after; bars end at one and a half of it.",
         )
     if figures.budgets_left:
         yield _card(
@@ -178,15 +180,15 @@ def _tables(figures: Figures, curves: Curves) -> Iterator[str]:
                 ],
                 "Share of each table's error budget that is left",
             ),
-            f"Of the ticks of {figures.span_days} days {figures.objective:.4g} are to be within error_after. "
-            "Below zero that is broken.",
+            f"Of the ticks of {figures.span_days} days {figures.objective:.4g} are to be within error_after. Below "
+            "zero that is broken; bars end where it is broken twice over.",
         )
     span = (figures.at - timedelta(days=HISTORY_DAYS), figures.at)
     for one in figures.ages:
         points = [(moment, value / 3600) for moment, value in curves.ages.get(one.table, [])]
         if points:
             yield _card(
-                one.table,
+                f"Age of {one.table}",
                 plot_curve(
                     points,
                     f"Age of {one.table} over {HISTORY_DAYS} days",
@@ -231,7 +233,8 @@ def _runs(figures: Figures) -> Iterator[str]:
 
     yield f'<section><h2>Runs</h2><p class="lead">Of the last {figures.span_days} days. Times are of runs that '
     yield "succeeded, percentiles interpolated. A miss is a table growing older than its budget; it belongs to the "
-    yield "feed that holds it back, or to the build where a model was left behind.</p>"
+    yield "feed that holds it back, or to the build where a model was left behind. In the plots a dot is the median of "
+    yield "a day, the line goes up to its 95th percentile.</p>"
     for kind in ("run", "feed", "step"):
         rows = [one for one in figures.pipelines if one.kind == kind]
         if rows:
@@ -261,11 +264,9 @@ def _runs(figures: Figures) -> Iterator[str]:
             "",
         )
         missed = [sum(one.misses for one in figures.days if one.day == day) for day in noon]
-        yield _card(
-            "Misses by day",
-            plot_days(list(noon.values()), [("misses", missed, "error")], "Misses by day", span),
-            "" if any(missed) else "None.",
-        )
+        if any(missed):
+            plot = plot_days(list(noon.values()), [("misses", missed, "error")], "Misses by day", span)
+            yield _card("Misses by day", plot, "")
     for pipeline in (one for one in figures.pipelines if one.kind in ("run", "feed", "step")):
         days = [
             (noon[one.day], one.p50, one.p95)
@@ -274,9 +275,9 @@ def _runs(figures: Figures) -> Iterator[str]:
         ]
         if days:
             yield _card(
-                pipeline.name,
+                f"Time of {ONE[pipeline.kind]} {pipeline.name}",
                 plot_run_times(days, f"Run time of {pipeline.name} by day, median and 95th percentile", span),
-                "Seconds: the dot is the day's median, the line goes up to its 95th percentile.",
+                "",
             )
     yield "</div></section>"
 
@@ -286,9 +287,9 @@ def _pipelines(caption: str, rows: Sequence[Pipeline], figures: Figures, *, fold
     lines = [
         (
             one.name,
-            f"{one.runs:,}",
-            f"{one.failures_per_hundred:.1f}",
-            "–" if one.kind in ("model", "seed") else f"{figures.misses.get((one.kind, one.name), 0):,}",
+            _figure(one.runs, f"{one.runs:,}"),
+            _figure(one.failures_per_hundred, f"{one.failures_per_hundred:.1f}"),
+            _count(None if one.kind in ("model", "seed") else figures.misses.get((one.kind, one.name), 0)),
             *(_duration(value) for value in (one.p50, one.p95, one.p99)),
         )
         for one in rows
@@ -301,17 +302,26 @@ def _pipelines(caption: str, rows: Sequence[Pipeline], figures: Figures, *, fold
 
 def _duration(seconds: float | None) -> str:
     if seconds is None:
-        return "–"
-    return f"{seconds:.3g} s" if seconds < 100 else render_age(seconds)
+        return ABSENT
+    return _figure(seconds, f"{seconds:.3g} s" if seconds < 100 else render_age(seconds))
+
+
+def _count(number: int | None) -> str:
+    return ABSENT if number is None else _figure(number, f"{number:,}")
+
+
+def _figure(value: float, said: str) -> str:
+    """A figure as it is read, with the exact one beneath it."""
+    return f'<data value="{value!r}">{_text(said)}</data>'
 
 
 def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Of a line the first cell is text, the others are markup."""
     head = "".join(f"<th>{_text(name)}</th>" for name in header)
     body = "".join(
         f'<tr><th scope="row">{_text(line[0])}</th>'
         + "".join(
-            f'<td data-name="{_text(name)}">{_text(value)}</td>'
-            for name, value in zip(header[1:], line[1:], strict=True)
+            f'<td data-name="{_text(name)}">{value}</td>' for name, value in zip(header[1:], line[1:], strict=True)
         )
         + "</tr>"
         for line in lines
@@ -329,9 +339,9 @@ def _queues(figures: Figures, curves: Curves) -> Iterator[str]:
     lines = [
         (
             one.feed,
-            f"{one.lag:,}" if one.lag is not None else "–",
-            f"{one.open_dead_letters:,}" if one.open_dead_letters is not None else "–",
-            render_age(one.oldest_dead_letter_seconds) if one.oldest_dead_letter_seconds is not None else "–",
+            _count(one.lag),
+            _count(one.open_dead_letters),
+            _duration(one.oldest_dead_letter_seconds),
         )
         for one in figures.queues
     ]
