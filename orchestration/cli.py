@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ingestion.errors import ConfigurationError, ErrorClass, WarehouseError
+from orchestration.cli_alerts import alerts_app, watch_command
 from orchestration.cli_base import AsJson, Quiet, with_connection
 from orchestration.cli_base import make_reporter as _reporter
 from orchestration.cli_base import print_json as _print_json
@@ -59,6 +60,7 @@ services_app = typer.Typer(no_args_is_help=True, help="The embedded Postgres, br
 app.add_typer(feeds_app, name="feeds")
 app.add_typer(services_app, name="services")
 app.add_typer(dead_letters_app, name="dead-letters")
+app.add_typer(alerts_app, name="alerts")
 
 Seed = Annotated[int, typer.Option(help="Same seed, same bytes.")]
 BadShare = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of known-bad records.")]
@@ -204,6 +206,7 @@ def ingest(
     from orchestration.history import recorded_run
     from orchestration.run import RunReport, prepare
     from orchestration.run import ingest as ingest_feeds
+    from orchestration.watch import watched
 
     chosen = select_declared([*(feeds or []), *([feed] if feed else [])])
     if from_files is not None:
@@ -213,10 +216,12 @@ def ingest(
         prepare(settings)
         connection = connect(settings, purpose="ingest")
         try:
-            with recorded_run(connection, "ingest", "manual", settings.project_dir) as recorded:
-                ingest_feeds(
-                    settings, chosen, recorded, _reporter(quiet), report, take_over=take_over, folder=from_files
-                )
+            reporter = _reporter(quiet)
+            with (
+                watched(settings, connection, reporter),
+                recorded_run(connection, "ingest", "manual", settings.project_dir) as recorded,
+            ):
+                ingest_feeds(settings, chosen, recorded, reporter, report, take_over=take_over, folder=from_files)
         finally:
             connection.close()
             # Also of a run that failed over its budget or a loss: what it landed has landed.
@@ -297,6 +302,7 @@ def sample(
 
 
 app.command("replay")(replay_window_command)
+app.command("watch")(watch_command)
 
 
 @app.command()

@@ -42,6 +42,7 @@ class Step:
 
     rows: int | None = None
     dead: int | None = None
+    offered: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,9 @@ class Run:
         finally:
             self._execute(
                 "update ops.run_steps set finished_at = coalesce(%s, clock_timestamp()), outcome = %s, "
-                "error_class = %s, message = %s, rows = %s, dead = %s where (run_id, step, feed) = (%s, %s, %s)",
-                (self.now(), *outcome, step.rows, step.dead, self.run_id, name, feed),
+                "error_class = %s, message = %s, rows = %s, dead = %s, offered = %s "
+                "where (run_id, step, feed) = (%s, %s, %s)",
+                (self.now(), *outcome, step.rows, step.dead, step.offered, self.run_id, name, feed),
             )
             self.beat()
 
@@ -199,9 +201,15 @@ def retention_of(settings: Settings) -> timedelta:
 
 
 def trim_history(connection: Connection, keep: timedelta, now: datetime | None = None) -> None:
-    """Remove what is older than `keep`: runs with their steps and models, and what ticks measured. Commits."""
+    """Remove what is older than `keep`: runs with their steps and models, what ticks measured, alerts
+    that were resolved. Commits."""
     with connection, connection.cursor() as cursor:
-        for table, column in (("runs", "started_at"), ("table_ages", "measured_at"), ("queue_depths", "measured_at")):
+        for table, column in (
+            ("runs", "started_at"),
+            ("table_ages", "measured_at"),
+            ("queue_depths", "measured_at"),
+            ("incidents", "resolved_at"),
+        ):
             # By an index, so that it costs nothing where there is nothing to do.
             cursor.execute(
                 f"delete from ops.{table} where {column} < coalesce(%s, clock_timestamp()) - %s", (now, keep)

@@ -39,6 +39,11 @@ DEFAULT_PATHS = {
 KEPT = 4
 
 
+def has_manifest(settings: Settings) -> bool:
+    """Whether the manifest of the project as it stands is there without parsing."""
+    return _path(settings).exists()
+
+
 def load_manifest(settings: Settings) -> Manifest:
     """The manifest of the project as it stands.
 

@@ -20,7 +20,7 @@ from orchestration.console import Reporter
 from orchestration.history import Run, recorded_run, retention_of, trim_history
 from orchestration.manifest import keep_manifest
 from orchestration.standing import find_standing, note_standing, take_inputs
-from orchestration.ticks import end_with_tick
+from orchestration.watch import watched
 
 if TYPE_CHECKING:
     from ingestion.landing import Landing
@@ -95,7 +95,7 @@ def ingest(
                         on_retry=lambda error, delay: reporter.line(f"{error.message} Trying again in {delay:.1f} s."),
                     )
                 finally:
-                    step.rows, step.dead = landing.landed, landing.dead
+                    step.rows, step.dead, step.offered = landing.landed, landing.dead, landing.offered
                 report.landings.append(landing)
                 if landing.open_losses:
                     raise loss_error(feed.name, landing.open_losses)
@@ -156,11 +156,11 @@ def run_all(settings: Settings, reporter: Reporter, *, command: str = "run", tri
     report = RunReport()
     connection = connect(settings, purpose=command)
     try:
-        with recorded_run(connection, command, trigger, settings.project_dir) as run:
-            try:
-                _run_layers(settings, feeds, connection, run, reporter, report)
-            finally:
-                end_with_tick(settings, feeds, connection, reporter)
+        with (
+            watched(settings, connection, reporter),
+            recorded_run(connection, command, trigger, settings.project_dir) as run,
+        ):
+            _run_layers(settings, feeds, connection, run, reporter, report)
     finally:
         connection.close()
     return report

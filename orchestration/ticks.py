@@ -2,23 +2,20 @@
 
     ages (orchestration/ages.py) + books and broker (orchestration/status.py) -> ops.table_ages, ops.queue_depths
 
-Every run ends with one; in between, whoever watches takes them. The reports on the service level are views over what
-the ticks left.
+Every run ends with one; in between, whoever watches takes them (orchestration/watch.py). The reports on the service
+level are views over what the ticks left.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-import psycopg2
 import psycopg2.extensions
 from psycopg2.extras import execute_values
 
-from ingestion.errors import WarehouseError
 from ingestion.feeds import FeedSpec
 from ingestion.settings import Settings
 from orchestration.ages import TableAge, measure_ages, record_ages
-from orchestration.console import Reporter
 from orchestration.status import Status, fetch_status
 
 Connection = psycopg2.extensions.connection
@@ -66,12 +63,3 @@ def record_queues(connection: Connection, status: Status, at: datetime) -> None:
                 "values %s on conflict (measured_at, feed) do nothing",
                 rows,
             )
-
-
-def end_with_tick(settings: Settings, feeds: Sequence[FeedSpec], connection: Connection, reporter: Reporter) -> None:
-    """The tick at the end of a run, whatever became of it; never the reason a run fails."""
-    try:
-        record_tick(connection, take_tick(settings, feeds, connection))
-    except (WarehouseError, psycopg2.Error) as error:
-        said = error.message if isinstance(error, WarehouseError) else "the database does not answer"
-        reporter.line(f"ages and queues were not measured: {said}")
