@@ -182,7 +182,7 @@ def build_downstream(settings: Settings, replays: Sequence[Replay], run: Run, re
         forecast = forecast_days(settings, feeds)
         before = fetch_contents(settings, forecast)
         report = transform.build(
-            settings, select_downstream(feeds), on_node=lambda _n, _s, done, due: task.update(done, due)
+            settings, lambda _n, _s, done, due: task.update(done, due), select=select_downstream(feeds)
         )
         after = fetch_contents(settings, forecast)
     written = {node.node: node.rows for node in report.nodes}
