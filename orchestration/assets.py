@@ -26,6 +26,7 @@ from ingestion.settings import Settings
 from orchestration import transform
 from orchestration.accounts import Account, Verdict, fetch_books
 from orchestration.console import Reporter
+from orchestration.instance import pool_of
 from orchestration.manifest import Manifest
 from orchestration.run import ingest
 from orchestration.session import FULL_TESTS_TAG, RESOURCE_KEY, LogReporter, session_of, to_retry_or_failure
@@ -86,11 +87,6 @@ def source_key(feed: FeedSpec) -> dg.AssetKey:
     if isinstance(feed.origin, KafkaOrigin):
         return dg.AssetKey([feed.origin.kind, feed.origin.topic])
     return dg.AssetKey([feed.origin.kind, feed.source.removeprefix("raw_"), feed.table])
-
-
-def pool_of(feed: FeedSpec) -> str:
-    """The pool a landing takes: of its feed, which has one writer; of its API, which all its feeds share."""
-    return feed.pipeline_name if isinstance(feed.origin, KafkaOrigin) else f"api__{feed.origin.base_url.lower()}"
 
 
 def build_feed_assets(feeds: Sequence[FeedSpec], manifest: Manifest) -> list[dg.AssetsDefinition]:

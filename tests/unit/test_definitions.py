@@ -138,9 +138,7 @@ def test_every_data_test_is_a_check(definitions: dg.Definitions, manifest: Manif
     tests = {unique_id for unique_id, node in manifest["nodes"].items() if node["resource_type"] == "test"}
     assert tests
     own = {"ledger", "reconciliation"}
-    assert tests == {
-        (check.metadata or {})[UNIQUE_ID] for check in checks_of(definitions) if check.name not in own
-    }
+    assert tests == {(check.metadata or {})[UNIQUE_ID] for check in checks_of(definitions) if check.name not in own}
 
 
 def test_every_model_and_seed_is_an_asset(definitions: dg.Definitions, manifest: Manifest) -> None:
