@@ -26,7 +26,7 @@ from orchestration.status import WAIT_SETTING, FeedStatus, answering_services, f
 from orchestration.unattended import Backlog, Memory, Trigger, decide, is_allowed
 
 # How often the broker is asked and the graph is looked at, in seconds.
-EVERY_S = 15
+EVERY_SETTING, EVERY_S = "WAREHOUSE_SENSOR_SECONDS", 15.0
 # Nobody watches a tick: servers get longer to answer it than a person at a terminal gives them.
 PATIENCE_S = 10
 FEED_TAG = "warehouse/feed"
@@ -82,7 +82,7 @@ def build_follow_sensor(settings: Settings, models: dg.AssetSelection) -> dg.Aut
         Trigger.MODELS.value,
         target=models,
         run_tags={TRIGGER_TAG: "automation", "dagster/retry_on_asset_or_op_failure": "false"},
-        minimum_interval_seconds=EVERY_S,
+        minimum_interval_seconds=_interval(settings),
         default_status=_sensor_status(settings, Trigger.MODELS),
         description="Models and their checks, as soon as what they stand on landed.",
     )
@@ -104,7 +104,7 @@ def build_backlog_sensor(
             return dg.SkipReason(error.message)
         busy = find_busy(context.instance, feeds, readers)
         known = {name: Memory(**memory) for name, memory in json.loads(context.cursor or "{}").items()}
-        memories, requests, reasons = {}, [], []
+        memories, requests, reasons, landed = {}, [], [], []
         now = time.time()
         for feed in feeds:
             backlog = backlogs[feed.name]
@@ -122,6 +122,8 @@ def build_backlog_sensor(
                 draw=random.random(),
             )
             memories[feed.name] = decision.memory
+            if feed.name not in busy and _landed_elsewhere(context.instance, feed, backlog, known.get(feed.name)):
+                landed.append(dg.AssetMaterialization(feed_key(feed), metadata={"landed by": "the command line"}))
             reasons.append(f"{feed.name}: {decision.reason}")
             if decision.start:
                 requests.append(
@@ -137,6 +139,7 @@ def build_backlog_sensor(
         return dg.SensorResult(
             run_requests=requests,
             skip_reason=None if requests else "; ".join(reasons),
+            asset_events=landed,
             cursor=json.dumps({name: asdict(memory) for name, memory in memories.items()}),
         )
 
@@ -144,10 +147,14 @@ def build_backlog_sensor(
         name=Trigger.BACKLOG.value,
         job_name=job,
         evaluation_fn=evaluate,
-        minimum_interval_seconds=EVERY_S,
+        minimum_interval_seconds=_interval(settings),
         default_status=_sensor_status(settings, Trigger.BACKLOG),
         description="Starts ingestion of a feed when enough waits at the broker, or for long enough.",
     )
+
+
+def _interval(settings: Settings) -> int:
+    return max(int(settings.number(EVERY_SETTING, EVERY_S)), 1)
 
 
 def _sensor_status(settings: Settings, trigger: Trigger) -> dg.DefaultSensorStatus:
@@ -156,6 +163,14 @@ def _sensor_status(settings: Settings, trigger: Trigger) -> dg.DefaultSensorStat
 
 def feed_key(feed: FeedSpec) -> dg.AssetKey:
     return dg.AssetKey([feed.source, feed.table])
+
+
+def _landed_elsewhere(instance: dg.DagsterInstance, feed: FeedSpec, backlog: Backlog, memory: Memory | None) -> bool:
+    """Whether something landed that no run of Dagster's told of: models follow that as well."""
+    if backlog.read_at is None or (memory is not None and memory.position == backlog.position):
+        return False
+    told = instance.get_latest_materialization_event(feed_key(feed))
+    return told is None or told.timestamp < backlog.read_at
 
 
 def find_busy(
@@ -194,12 +209,13 @@ def _to_backlog(one: FeedStatus) -> Backlog | str:
     account = one.account
     assert account is not None, "a status without a problem has its accounts"
     read = account.offered + sum(sum(positions.values()) for positions in account.positions.values())
+    read_at = account.last_success.timestamp() if account.last_success else None
     if one.kind != "kafka":
         # Whether an API has something new only a request can tell: the schedules make it. Never read, it has.
-        return Backlog(0 if account.last_success else 1, read)
+        return Backlog(0 if account.last_success else 1, read, read_at)
     if one.lag is None:
         return one.problem or "no broker runs"
-    return Backlog(one.lag, read)
+    return Backlog(one.lag, read, read_at)
 
 
 def _fetch_last_errors(settings: Settings) -> dict[str, ErrorClass]:

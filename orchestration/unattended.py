@@ -59,10 +59,14 @@ def is_allowed(settings: Settings, trigger: Trigger) -> bool:
 
 @dataclass(frozen=True)
 class Backlog:
-    """What waits at a feed's source, and the position it was read to: as long as that stays, nothing was read since."""
+    """What waits at a feed's source, and the position it was read to: as long as that stays, nothing was read since.
+
+    `read_at`: when a run last read all there was, in epoch seconds.
+    """
 
     waiting: int
     position: int
+    read_at: float | None = None
 
 
 @dataclass(frozen=True)
