@@ -20,6 +20,8 @@ from orchestration.session import RESOURCE_KEY, LogReporter, session_of, to_retr
 from orchestration.triggers import feed_key
 
 POOL = "backfill"
+# The plan goes from step to step inside the run's process.
+IN_MEMORY = "in_memory"
 
 
 class BackfillConfig(dg.Config):
@@ -47,6 +49,7 @@ def build_backfill_job(feed: FeedSpec, executor: dg.ExecutorDefinition) -> dg.Jo
         name=f"plan__{feed.pipeline_name}",
         required_resource_keys={RESOURCE_KEY},
         pool=POOL,
+        out=dg.Out(io_manager_key=IN_MEMORY),
         description="What each day is missing, and which days of which models would change. Changes nothing.",
     )
     def plan(context: dg.OpExecutionContext, config: BackfillConfig) -> dg.Output[Any]:
@@ -82,7 +85,6 @@ def build_backfill_job(feed: FeedSpec, executor: dg.ExecutorDefinition) -> dg.Jo
     @dg.job(
         name=backfill_job_name(feed),
         executor_def=executor,
-        resource_defs={},
         tags={"dagster/retry_on_asset_or_op_failure": "false"},
         description=f"Read days of {feed.name} again and land what is missing; the plan alone unless `apply` is set.",
     )

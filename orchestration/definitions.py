@@ -25,7 +25,7 @@ from orchestration.assets import (
     build_reconciliation_checks,
     build_source_specs,
 )
-from orchestration.backfill_jobs import build_backfill_job
+from orchestration.backfill_jobs import IN_MEMORY, build_backfill_job
 from orchestration.manifest import attach_tests, load_manifest
 from orchestration.session import FULL_TESTS_TAG, RESOURCE_KEY, build_session_resource
 from orchestration.triggers import build_backlog_sensor, build_follow_sensor, build_schedule, feed_key
@@ -110,7 +110,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
             build_backlog_sensor(settings, feeds, INGEST_JOB, readers),
             build_follow_sensor(settings, follows),
         ],
-        resources={RESOURCE_KEY: build_session_resource(settings)},
+        resources={RESOURCE_KEY: build_session_resource(settings), IN_MEMORY: dg.mem_io_manager},
         executor=executor,
     )
 

@@ -38,8 +38,16 @@ def build_instance_config(settings: Settings) -> dict[str, Any]:
             "pools": {"default_limit": 1, "granularity": "run"},
             "runs": {"max_concurrent_runs": _slots(settings, RUNS_SETTING, RUNS)},
         },
-        # A run that finds the code server being replaced goes back into the queue.
-        "run_queue": {"max_user_code_failure_retries": 40, "user_code_failure_retry_delay": 15},
+        "run_coordinator": {
+            "module": "dagster.core.run_coordinator",
+            "class": "QueuedRunCoordinator",
+            "config": {
+                "dequeue_interval_seconds": 1,
+                # A run that finds the code server being replaced goes back into the queue, for ten minutes.
+                "max_user_code_failure_retries": 40,
+                "user_code_failure_retry_delay": 15,
+            },
+        },
         "run_launcher": {"module": "orchestration.launcher", "class": "CheckedRunLauncher"},
         "run_monitoring": {
             "enabled": True,
