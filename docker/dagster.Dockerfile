@@ -20,7 +20,7 @@ RUN pip install --no-deps --require-hashes -r /tmp/requirements/project.txt -r /
     && rm -r /tmp/requirements
 
 COPY . .
-COPY docker/dagster/dagster.yaml docker/dagster/workspace.yaml /opt/dagster/
+COPY docker/dagster/base.yaml docker/dagster/workspace.yaml /opt/dagster/
 
 # dbt and the loaders write beside the project and into the two volumes, never as root.
 RUN pip install --no-deps --editable . \
@@ -33,3 +33,4 @@ ARG WAREHOUSE_CODE_VERSION=unknown
 ENV WAREHOUSE_CODE_VERSION=${WAREHOUSE_CODE_VERSION}
 
 USER warehouse
+ENTRYPOINT ["/opt/warehouse/docker/dagster/start.sh"]

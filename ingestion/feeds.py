@@ -176,6 +176,14 @@ class DeadLetterBudget:
 
 
 @dataclass(frozen=True)
+class IngestWhen:
+    """When what waits at the broker is read without being asked: so many messages, or any for so many seconds."""
+
+    messages: int = 1_000
+    seconds: int = 60
+
+
+@dataclass(frozen=True)
 class FeedSpec:
     """One feed as declared. `name` is `<source>.<table>`, which is also its raw table."""
 
@@ -187,6 +195,7 @@ class FeedSpec:
     file: str
     line: int
     dead_letter_budget: DeadLetterBudget = DeadLetterBudget()
+    ingest_when: IngestWhen = IngestWhen()
 
     @property
     def name(self) -> str:
@@ -416,7 +425,25 @@ def _parse_table(
         file=declaration.label,
         line=table.line,
         dead_letter_budget=_parse_budget(declaration, feed_meta, label),
+        ingest_when=_parse_ingest_when(declaration, feed_meta, label),
     )
+
+
+def _parse_ingest_when(declaration: _Declaration, feed: _Located, label: str) -> IngestWhen:
+    if "ingest_when" not in feed:
+        return IngestWhen()
+    what = f"`ingest_when` of {label}"
+    declared = declaration.mapping(feed["ingest_when"], feed.key_lines["ingest_when"], what)
+    declaration.only(declared, ("messages", "seconds"), what)
+    spec = IngestWhen(
+        messages=declaration.take(declared, "messages", int, what, default=IngestWhen.messages),
+        seconds=declaration.take(declared, "seconds", int, what, default=IngestWhen.seconds),
+    )
+    if spec.messages < 1:
+        raise declaration.error(declared.key_lines["messages"], f"`messages` of {what} must be 1 or more")
+    if spec.seconds < 0:
+        raise declaration.error(declared.key_lines["seconds"], f"`seconds` of {what} must be 0 or more")
+    return spec
 
 
 def _parse_budget(declaration: _Declaration, feed: _Located, label: str) -> DeadLetterBudget:
@@ -441,7 +468,8 @@ def _parse_budget(declaration: _Declaration, feed: _Located, label: str) -> Dead
 def _parse_origin(declaration: _Declaration, feed: _Located, label: str, columns: set[str]) -> KafkaOrigin | RestOrigin:
     kind = declaration.take(feed, "kind", str, label)
     if kind == "kafka":
-        declaration.only(feed, ("kind", "topic", "format", "idle_partitions", "dead_letter_budget"), label)
+        known = ("kind", "topic", "format", "idle_partitions", "dead_letter_budget", "ingest_when")
+        declaration.only(feed, known, label)
         format_ = declaration.take(feed, "format", str, label, default="json")
         if format_ != "json":
             raise declaration.error(

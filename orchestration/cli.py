@@ -14,6 +14,7 @@ import typer
 
 from ingestion.errors import ConfigurationError, ErrorClass, WarehouseError
 from orchestration.cli_alerts import alerts_app, watch_command
+from orchestration.cli_backfill import backfill_command
 from orchestration.cli_base import AsJson, Quiet, with_connection
 from orchestration.cli_base import make_reporter as _reporter
 from orchestration.cli_base import print_json as _print_json
@@ -303,6 +304,7 @@ def sample(
 
 app.command("replay")(replay_window_command)
 app.command("watch")(watch_command)
+app.command("backfill")(backfill_command)
 
 
 @app.command()
@@ -416,6 +418,26 @@ def docs(
         from orchestration.docs_server import serve_page
 
         serve_page(page, port)
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")] = 3000,
+) -> None:
+    """Start Dagster (web interface and daemon) on this warehouse, until interrupted.
+
+    Schedules and sensors are off unless WAREHOUSE_ENVIRONMENT says otherwise or they are turned on in the interface.
+
+    Example: warehouse ui --port 3000
+    """
+    from orchestration.run import prepare
+    from orchestration.ui import serve_ui
+
+    settings = _settings()
+    # Held for as long: between runs nobody else would keep what is embedded.
+    with _services() as served:
+        prepare(served)
+        serve_ui(settings, port)
 
 
 @app.command()

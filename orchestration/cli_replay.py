@@ -57,7 +57,7 @@ def _utc(when: datetime | None) -> datetime | None:
     return when.replace(tzinfo=UTC) if when else None
 
 
-def _feeds(name: str | None) -> list["FeedSpec"]:
+def declared_feeds(name: str | None) -> list["FeedSpec"]:
     from ingestion.feeds import load_feeds, select_feeds
 
     return select_feeds(load_feeds(project_settings()), [name] if name else [])
@@ -66,7 +66,7 @@ def _feeds(name: str | None) -> list["FeedSpec"]:
 def _filter(
     feed: str | None, reason: Reason | None, status: Status | None, since: datetime | None, until: datetime | None
 ) -> Filter:
-    named = _feeds(feed)[0].name if feed else None
+    named = declared_feeds(feed)[0].name if feed else None
     return Filter(named, reason, status, _utc(since), _utc(until))
 
 
@@ -211,7 +211,7 @@ def replay_command(
     from ingestion.replay import Selection
     from orchestration.replay import recording, replay_letters
 
-    chosen = _feeds(feed)
+    chosen = declared_feeds(feed)
     selection = Selection(reason, _utc(since), _utc(until), tuple(ids or ()))
     reporter = make_reporter(quiet)
     coming: list[Coming] | None = [] if with_models and not apply else None
@@ -227,7 +227,7 @@ def replay_command(
     if as_json:
         print_json({"applied": apply, "feeds": [one.as_dict() for one in replays], **_models_dict(rebuild)})
     else:
-        _print_models(replays, rebuild, apply)
+        print_models(replays, rebuild, apply)
 
 
 def _print_replays(replays: Sequence["Replay"], applied: bool) -> None:
@@ -276,7 +276,7 @@ def _models_dict(rebuild: "Rebuild | None") -> dict[str, Any]:
     return {"models": [one.as_dict() for one in rebuild.models], "unforeseen": rebuild.unforeseen}
 
 
-def _print_models(replays: Sequence["Replay"], rebuild: "Rebuild | None", applied: bool) -> None:
+def print_models(replays: Sequence["Replay"], rebuild: "Rebuild | None", applied: bool) -> None:
     from orchestration.console import render_table
     from orchestration.replay import downstream
 
@@ -351,7 +351,7 @@ def discard_command(
         )
     if not because.strip():
         raise ConfigurationError("--because is empty.", hint="Say why; it stays with each of them.")
-    chosen = _feeds(feed)
+    chosen = declared_feeds(feed)
     with services_running() as settings:
         _require_ids(settings, selection.ids)
         with recording(settings, "dead-letters discard", apply):
@@ -391,19 +391,19 @@ def replay_window_command(
     """
     from orchestration.replay import recording, replay_source
 
-    (chosen,) = _feeds(feed)
+    (chosen,) = declared_feeds(feed)
     window = _window(start, stop, partition, from_offset, to_offset)
     reporter = make_reporter(quiet)
     coming: list[Coming] | None = [] if with_models and not apply else None
     with services_running() as settings, recording(settings, "replay", apply) as run:
         result = replay_source(settings, chosen, window, run, reporter, because=because, wait_s=wait, coming=coming)
         if not as_json:
-            _print_window(result, apply)
+            print_window(result, apply)
         rebuild = _take_in(settings, [result], coming, run, reporter, with_models)
     if as_json:
         print_json({**result.as_dict(), **_models_dict(rebuild)})
     else:
-        _print_models([result], rebuild, apply)
+        print_models([result], rebuild, apply)
 
 
 def _window(
@@ -429,7 +429,7 @@ def _window(
     raise ConfigurationError("The window is not said in full.", hint=hint)
 
 
-def _print_window(result: Any, applied: bool) -> None:
+def print_window(result: Any, applied: bool) -> None:
     from ingestion.replay_window import FIGURES
     from orchestration.console import render_table
 

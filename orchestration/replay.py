@@ -18,7 +18,7 @@ from orchestration import transform
 from orchestration.console import Reporter
 from orchestration.forecast import ModelDays, fetch_contents, find_changed, forecast_days, select_downstream
 from orchestration.history import Run, recorded_run
-from orchestration.run import prepare
+from orchestration.run import announce_retry, prepare
 
 R = TypeVar("R", bound=Replay)
 
@@ -182,7 +182,10 @@ def build_downstream(settings: Settings, replays: Sequence[Replay], run: Run, re
         forecast = forecast_days(settings, feeds)
         before = fetch_contents(settings, forecast)
         report = transform.run_build(
-            settings, select_downstream(feeds), on_node=lambda _n, _s, done, due: task.update(done, due)
+            settings,
+            on_node=lambda _n, _s, done, due: task.update(done, due),
+            select=select_downstream(feeds),
+            on_retry=partial(announce_retry, reporter),
         )
         run.record_nodes(report.nodes)
         transform.require_built(report)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ingestion.database import Connection, connect
 from ingestion.ddl import ensure_schema
-from ingestion.errors import DataError, WarehouseError
+from ingestion.errors import DataError, TransientError, WarehouseError
 from ingestion.feeds import FeedSpec, load_feeds
 from ingestion.retry import policy_of, retrying
 from ingestion.settings import Settings
@@ -92,7 +92,7 @@ def ingest(
                     retrying(
                         partial(land, landing=landing, folder=folder),
                         policy,
-                        on_retry=lambda error, delay: reporter.line(f"{error.message} Trying again in {delay:.1f} s."),
+                        on_retry=partial(announce_retry, reporter),
                     )
                 finally:
                     step.rows, step.dead, step.offered = landing.landed, landing.dead, landing.offered
@@ -119,6 +119,11 @@ def ingest(
             first.message += "".join(f"\n  also: {error.message}" for error in failures[1:])
         raise first
     return report.landings
+
+
+def announce_retry(reporter: Reporter, error: TransientError, delay: float) -> None:
+    """An outage, and in how many seconds the same is tried again, as a line."""
+    reporter.line(f"{error.message} Trying again in {delay:.1f} s.")
 
 
 def require_within_budget(feed: FeedSpec, landing: "Landing") -> None:
@@ -183,7 +188,10 @@ def _run_layers(
             project = transform.parse_project(settings)
             keep_manifest(settings, project)
             report.build = transform.run_build(
-                settings, on_node=lambda _n, _s, done, due: task.update(done, due), project=project
+                settings,
+                on_node=lambda _n, _s, done, due: task.update(done, due),
+                project=project,
+                on_retry=partial(announce_retry, reporter),
             )
             run.record_nodes(report.build.nodes)
             transform.require_built(report.build)

@@ -8,6 +8,7 @@ one run of the history; an executor with a process a step would write one for ea
 """
 
 import contextlib
+import random
 import signal
 import threading
 from collections.abc import Iterator
@@ -17,21 +18,21 @@ from typing import cast
 import dagster as dg
 
 from ingestion.database import connect
-from ingestion.errors import ErrorClass, WarehouseError
+from ingestion.errors import TransientError, WarehouseError
+from ingestion.retry import RetryPolicy
 from ingestion.settings import Settings
 from orchestration.console import Reporter
 from orchestration.history import Run, recorded_run
 from orchestration.run import prepare
 from orchestration.services import running
+from orchestration.transform import BuildReport
+from orchestration.unattended import RETRYABLE
 
 RESOURCE_KEY = "warehouse"
 # Of a run: who asked for it. What a person launches carries none.
 TRIGGER_TAG = "warehouse/trigger"
 # On a run whose data tests look at everything: see macros/untested.sql.
 FULL_TESTS_TAG = "warehouse/full_tests"
-
-# Classes for which the same attempt can succeed later. Data and configuration stay wrong until somebody changes them.
-RETRYABLE = frozenset({ErrorClass.TRANSIENT, ErrorClass.BUSY})
 
 
 @dataclass
@@ -41,6 +42,10 @@ class WarehouseSession:
     settings: Settings
     command: str
     trigger: str
+    # The build of this run found everything standing as it would be built.
+    stands: bool = False
+    # What the last try of a build left, for the next one.
+    report: BuildReport | None = None
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _opened: tuple[Settings, Run] | None = None
     _failures: dict[str, BaseException] = field(default_factory=dict)
@@ -118,13 +123,39 @@ def build_session_resource(settings: Settings) -> dg.ResourceDefinition:
     return warehouse
 
 
-def session_of(context: dg.AssetExecutionContext) -> WarehouseSession:
+def session_of(
+    context: dg.AssetExecutionContext | dg.OpExecutionContext | dg.AssetCheckExecutionContext,
+) -> WarehouseSession:
     """The session of the run an asset works in."""
     return cast(WarehouseSession, getattr(context.resources, RESOURCE_KEY))
 
 
+def run_retries(settings: Settings) -> tuple[int, RetryPolicy]:
+    """How often a step of a run is tried again after an outage, and how long it waits before each."""
+    return int(settings.number("WAREHOUSE_RUN_RETRIES", 5)), RetryPolicy(
+        base_s=settings.number("WAREHOUSE_RUN_RETRY_SECONDS", 15.0), cap_s=600.0
+    )
+
+
+def to_retry_or_failure(context: dg.AssetExecutionContext | dg.OpExecutionContext, error: WarehouseError) -> Exception:
+    """What a step raises for an error: a retry by its class, or a failure that is not tried again.
+
+    A dg.RetryPolicy knows no classes. Waits grow, with full jitter, as those within a run do (ingestion/retry.py).
+    """
+    most, policy = run_retries(session_of(context).settings)
+    attempt = context.retry_number + 1
+    if error.error_class not in RETRYABLE or attempt > most:
+        return to_failure(error)
+    after = error.retry_after_s if isinstance(error, TransientError) else None
+    delay = policy.delay(attempt, after, random.uniform)
+    context.log.warning(f"{error.message} ({error.error_class}) Try {attempt + 1} of {most + 1} in {delay:.1f} s.")
+    retry = dg.RetryRequested(max_retries=most, seconds_to_wait=delay)
+    retry.__cause__ = error
+    return retry
+
+
 def to_failure(error: WarehouseError) -> dg.Failure:
-    """The warehouse's error as Dagster shows it: what happened, its class, what to do; retried where that can help."""
+    """The warehouse's error as Dagster shows it: what happened, its class, what to do. Not tried again as it is."""
     return dg.Failure(
         description=error.message,
         metadata={"error_class": error.error_class.value, **({"hint": error.hint} if error.hint else {})},
@@ -135,7 +166,7 @@ def to_failure(error: WarehouseError) -> dg.Failure:
 class LogReporter(Reporter):
     """Progress as lines of the asset's log."""
 
-    def __init__(self, context: dg.AssetExecutionContext) -> None:
+    def __init__(self, context: dg.AssetExecutionContext | dg.OpExecutionContext) -> None:
         super().__init__()
         # Bars belong to a terminal, and a code server may have been started from one.
         self.terminal = False

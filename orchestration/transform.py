@@ -19,13 +19,27 @@ from urllib.parse import quote
 
 import psycopg2.extensions
 
-from ingestion.errors import ConfigurationError, DataError, WarehouseError
+from ingestion.database import classify_connect_error
+from ingestion.errors import ConfigurationError, DataError, TransientError, WarehouseError
+from ingestion.retry import policy_of, retrying
 from ingestion.settings import Settings
 
 # (node name, its status, nodes finished, nodes in all or None)
 OnNode = Callable[[str, str, int, int | None], None]
 
 LINEAGE_PAGE = "static_index.html"
+
+FAILED = ("error", "fail", "runtime error")
+SKIPPED = ("skipped", "partial success")
+# What Postgres or libpq say when the server is at fault and not the statement: the same one can succeed later.
+# dbt hands on texts only.
+OUTAGE = re.compile(
+    r"server closed the connection|connection to server .* failed|connection (already|has been|was) closed"
+    r"|connection (refused|reset|timed out)|terminating connection|the database system is"
+    r"|too many clients|remaining connection slots|could not (send|receive) data|SSL SYSCALL"
+    r"|deadlock detected|could not serialize access|canceling statement due to lock timeout",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,7 @@ class NodeResult:
     """What became of one node: dbt's status (success, pass, warn, fail, error, skipped, ...) and message.
 
     `failures` are the rows a test found, `rows` those a model or seed wrote; None where the other is meant.
+    `selector` is how dbt is asked for this node alone; None for what is no node of the graph, as a hook.
     """
 
     node: str
@@ -50,6 +65,7 @@ class NodeResult:
     seconds: float = 0.0
     rows: int | None = None
     failures: int | None = None
+    selector: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +81,13 @@ class BuildReport:
     seconds: float = 0.0
     nodes: tuple[NodeResult, ...] = ()
     stands_since: datetime | None = None
+
+    @property
+    def is_outage(self) -> bool:
+        """Something failed, and all that did because the server went away: the same build can succeed later."""
+        return bool(self.failures) and all(
+            one.status != "fail" and OUTAGE.search(one.message) is not None for one in self.failures
+        )
 
 
 def profile_environment(settings: Settings) -> dict[str, str]:
@@ -147,7 +170,7 @@ def run_dbt(settings: Settings, arguments: Sequence[str], on_node: OnNode | None
     """
     ensure_profiles(settings)
     with _dbt_environment(settings, settings.project_dir, profile_environment(settings)):
-        return _invoke([*arguments, "--log-level", "none"], on_node, project)
+        return _invoke([*arguments, "--log-level", "none"], on_node, project, dsn=settings.dsn or "")
 
 
 def parse_project(settings: Settings) -> Any:
@@ -179,7 +202,7 @@ def parse(settings: Settings, target: Path) -> Path:
     return target / "manifest.json"
 
 
-def _invoke(arguments: Sequence[str], on_node: OnNode | None = None, project: Any = None) -> Any:
+def _invoke(arguments: Sequence[str], on_node: OnNode | None = None, project: Any = None, *, dsn: str = "") -> Any:
     # Imported here: dbt takes seconds to import.
     from dbt.cli.main import dbtRunner
 
@@ -204,57 +227,59 @@ def _invoke(arguments: Sequence[str], on_node: OnNode | None = None, project: An
             # dbt hands on an interrupt as if it were a result.
             raise result.exception
         text = " ".join(str(result.exception).split())
+        if OUTAGE.search(text):
+            # No server to talk to, or one that refuses us.
+            raise classify_connect_error(Exception(text), dsn)
         raise ConfigurationError(f"dbt {arguments[0]} could not run: {text[:1500]}", hint="`dbt parse` says more.")
     return result
 
 
 def summarise(result: Any) -> BuildReport:
     """dbt's results -> counts by kind, failures and warnings."""
-    counts: Counter[str] = Counter()
-    nodes: list[NodeResult] = []
-    failures: list[Failure] = []
-    warnings: list[Failure] = []
+    nodes: list[tuple[str, NodeResult]] = []
     for one in getattr(result.result, "results", None) or []:
         kind = str(getattr(one.node, "resource_type", "source"))
-        status = str(one.status)
-        counts[kind] += 1
-        entry = Failure(one.node.unique_id, status, " ".join((one.message or "").split()))
         rows = (one.adapter_response or {}).get("rows_affected")
-        nodes.append(
-            NodeResult(
-                entry.node,
-                status,
-                entry.message,
-                seconds=float(one.execution_time or 0),
-                rows=rows if isinstance(rows, int) and kind != "test" else None,
-                failures=getattr(one, "failures", None),
-            )
+        fqn = getattr(one.node, "fqn", None)
+        found = NodeResult(
+            one.node.unique_id,
+            str(one.status),
+            " ".join((one.message or "").split()),
+            seconds=float(one.execution_time or 0),
+            rows=rows if isinstance(rows, int) and kind != "test" else None,
+            failures=getattr(one, "failures", None),
+            selector=f"fqn:{'.'.join(fqn)}" if fqn and kind in ("model", "test", "seed", "snapshot") else None,
         )
-        if status in ("error", "fail", "runtime error"):
-            failures.append(entry)
-        elif status == "warn":
-            warnings.append(entry)
-        elif status in ("skipped", "partial success"):
-            counts["skipped"] += 1
-    seconds = float(getattr(result.result, "elapsed_time", 0) or 0)
-    return BuildReport(counts, tuple(failures), tuple(warnings), seconds, tuple(nodes))
+        nodes.append((kind, found))
+    return _report(nodes, float(getattr(result.result, "elapsed_time", 0) or 0))
+
+
+def _report(nodes: Sequence[tuple[str, NodeResult]], seconds: float) -> BuildReport:
+    counts = Counter(kind for kind, _ in nodes)
+    skipped = sum(one.status in SKIPPED for _, one in nodes)
+    if skipped:
+        counts["skipped"] = skipped
+    entries = [Failure(one.node, one.status, one.message) for _, one in nodes]
+    return BuildReport(
+        counts,
+        tuple(one for one in entries if one.status in FAILED),
+        tuple(one for one in entries if one.status == "warn"),
+        seconds,
+        tuple(one for _, one in nodes),
+    )
+
+
+def merge(first: BuildReport, again: BuildReport) -> BuildReport:
+    """Two tries of one build: each node as it ended, those in the second try as they ended there."""
+    renewed = {one.node: one for one in again.nodes}
+    known = {one.node for one in first.nodes}
+    nodes = [renewed.get(one.node, one) for one in first.nodes if one.selector or one.node in renewed]
+    nodes += [one for one in again.nodes if one.node not in known]
+    return _report([(one.node.partition(".")[0], one) for one in nodes], first.seconds + again.seconds)
 
 
 # Unit tests look at the SQL, which `dbt build` and `make test` do, and not at the data.
 DATA_ONLY = ("--exclude-resource-type", "unit_test")
-
-
-def build(
-    settings: Settings, arguments: Sequence[str] = (), on_node: OnNode | None = None, project: Any = None
-) -> BuildReport:
-    """`dbt build`, but for unit tests.
-
-    Raises:
-        DataError: a model, test or seed failed; the message names each.
-    """
-    report = run_build(settings, arguments, on_node, project=project)
-    require_built(report)
-    return report
 
 
 def run_build(
@@ -263,9 +288,49 @@ def run_build(
     on_node: OnNode | None = None,
     command: str = "build",
     project: Any = None,
+    *,
+    select: Sequence[str] = (),
+    before: BuildReport | None = None,
+    on_retry: Callable[[TransientError, float], None] = lambda error, delay: None,
 ) -> BuildReport:
-    """`build` (or `dbt test`), with what failed in the report: for a caller that has to tell what passed, too."""
-    return summarise(run_dbt(settings, [command, *DATA_ONLY, *arguments], on_node, project))
+    """`dbt build` (or `dbt test`), but for unit tests; what failed is in the report, for `require_built` to raise.
+
+    An outage is tried again within the retry policy: what failed for it or was skipped, and nothing else, as
+    `dbt retry` does. A failed test or a model at fault is not tried again.
+
+    Args:
+        select: dbt's arguments that choose nodes; none for all.
+        before: what an earlier try of this build left; only what failed or was skipped there is built.
+
+    Raises:
+        TransientError, AuthenticationError: the server could not be reached at all.
+    """
+    report = before
+
+    def attempt() -> BuildReport:
+        nonlocal report
+        unfinished = select if report is None else _unfinished(report)
+        found = summarise(
+            run_dbt(settings, [command, *DATA_ONLY, *(unfinished or select), *arguments], on_node, project)
+        )
+        report = found if report is None else merge(report, found)
+        if report.is_outage:
+            require_built(report, command)
+        return report
+
+    try:
+        return retrying(attempt, policy_of(settings), on_retry=on_retry)
+    except TransientError:
+        if report is None:
+            raise
+        return report
+
+
+def _unfinished(report: BuildReport) -> list[str]:
+    """dbt's arguments for what failed or was skipped; none where only a hook did."""
+    chosen = [one.selector for one in report.nodes if one.selector and one.status in (*FAILED, *SKIPPED)]
+    # Not the tests that passed on models that are built again, nor tests of anything else.
+    return ["--indirect-selection", "empty", "--select", *chosen] if chosen else []
 
 
 def require_built(report: BuildReport, command: str = "build") -> None:
@@ -273,10 +338,16 @@ def require_built(report: BuildReport, command: str = "build") -> None:
 
     Raises:
         DataError: a model, test or seed failed; the message names each.
+        TransientError: the server went away, and that is all that failed.
     """
+    if report.is_outage:
+        raise TransientError(
+            _describe_failed(f"dbt {command}", report), hint="`dbt retry` runs only what failed or was skipped."
+        )
     if report.failures:
-        raise _failed(
-            f"dbt {command}", report, "`dbt retry` runs only what failed; target/compiled has the tests' SQL."
+        raise DataError(
+            _describe_failed(f"dbt {command}", report),
+            hint="`dbt retry` runs only what failed; target/compiled has the tests' SQL.",
         )
 
 
@@ -288,7 +359,9 @@ def check_freshness(settings: Settings, project: Any = None) -> BuildReport:
     """
     report = summarise(run_dbt(settings, ["source", "freshness"], project=project))
     if report.failures:
-        raise _failed("dbt source freshness", report, "`warehouse status` shows age and lag of every feed.")
+        raise DataError(
+            _describe_failed("dbt source freshness", report), hint="`warehouse status` shows age and lag of every feed."
+        )
     return report
 
 
@@ -311,14 +384,14 @@ def write_docs(settings: Settings, built: Any = None) -> Path:
     return page
 
 
-def _failed(command: str, report: BuildReport, hint: str) -> DataError:
+def _describe_failed(command: str, report: BuildReport) -> str:
     lines = [f"{command}: {len(report.failures)} failed"]
     for failure in report.failures[:10]:
         kind, _, name = failure.node.partition(".")
         lines.append(f"  {kind} {name.partition('.')[2] or name}: {failure.message[:300]}")
     if len(report.failures) > 10:
         lines.append(f"  and {len(report.failures) - 10} more")
-    return DataError("\n".join(lines), hint=hint)
+    return "\n".join(lines)
 
 
 def quoted_file_url(path: Path) -> str:

@@ -1,6 +1,6 @@
 """`make bench`: what landing, building and starting cost, as ratios to a limit measured in the same run.
 
-    python -m tests.bench [--parts landing growth models fixed] [--rounds 3]
+    python -m tests.bench [--parts landing growth models fixed dagster] [--rounds 3]
                           [--sizes 200000 1000000] [--contestants limit dlt warehouse] [--pasts 0 1000000 20000000]
 
     landing   generated transactions from Apache Kafka by every contestant, interleaved, one at a time in a process of
@@ -8,6 +8,7 @@
     growth    the same by ours, into tables that hold so many rows already
     models    a build after a day's new rows, with so many there already
     fixed     what a command costs before it does any work
+    dagster   what the same run costs more through Dagster
 
 Everything on this machine: Apache Kafka from Maven, the embedded Postgres. Writes `.warehouse/bench/<time>.json`.
 """
@@ -36,7 +37,7 @@ from orchestration.sample import TRANSACTIONS, SampleSpec, generate, to_kafka
 from orchestration.services import erase, running
 from tests.bench import fixed as fixed_costs
 from tests.bench import models as builds
-from tests.bench import peers
+from tests.bench import overhead, peers
 from tests.bench.contestants import CONTESTANTS, PROJECT, TABLES, Task
 from tests.bench.history import fill as fill_past
 from tests.bench.report import FOLDER, Runs, describe_machine, render_growth, render_landing, summarise
@@ -187,12 +188,20 @@ def fixed(options: argparse.Namespace, servers: Servers) -> dict[str, Any]:
         )
 
 
+def dagster(options: argparse.Namespace, servers: Servers) -> dict[str, Any]:
+    """Seconds of a run with nothing new, by the command and through Dagster."""
+    with database(servers.dsn, "bench") as dsn:
+        settings = servers.settings.with_env(WAREHOUSE_DSN=dsn)
+        return overhead.measure(settings, servers.folder / "overhead", options.rounds)
+
+
 # Name -> what measures it, and what prints it.
 PARTS: dict[str, tuple[Callable[[argparse.Namespace, Servers], dict[str, Any]], Callable[[Any], str]]] = {
     "landing": (landing, render_landing),
     "growth": (growth, render_growth),
     "models": (models, builds.render),
     "fixed": (fixed, fixed_costs.render),
+    "dagster": (dagster, overhead.render),
 }
 
 

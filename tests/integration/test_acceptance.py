@@ -360,7 +360,7 @@ def fixtures(new_warehouse: Callable[[], Settings]) -> Settings:
         _send_log(settings, feed, area)
         landing = land_feed(settings, feed)
         assert landing.offered == len(log_of(area))
-    transform.build(settings)
+    transform.require_built(transform.run_build(settings))
     return settings
 
 

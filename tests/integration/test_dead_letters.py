@@ -325,7 +325,7 @@ def test_the_audit_model_says_who_did_what_with_which_outcome(
     replay_dead_letters(warehouse, taking(rejected, "CHF"), Selection(), apply=True, because="INC-1")
     discard_dead_letters(warehouse, rejected, Selection(ids=(crowns.dead_letter_id,)), "test", apply=True)
     chosen = ["--select", "audit_dead_letters", "audit_dead_letter_events"]
-    report = transform.run_build(settings, chosen)
+    report = transform.run_build(settings, select=chosen)
     assert not report.failures
     rows = query(
         "select dead_letter_id, action, because, load_id is not null, first_reason, reason, status, acted_by ~ ' pid ' "
@@ -340,6 +340,6 @@ def test_the_audit_model_says_who_did_what_with_which_outcome(
     # Twin: an event taken away is seen.
     query("alter table raw_payments._dead_letter_events disable trigger _append_only")
     query("delete from raw_payments._dead_letter_events where action = 'replayed'")
-    broken = transform.run_build(settings, chosen)
+    broken = transform.run_build(settings, select=chosen)
     (failure,) = broken.failures
     assert "audit_dead_letter_events__end_as_the_letter_does" in str(failure)

@@ -29,7 +29,7 @@ from ingestion.replay import Selection, replay_dead_letters
 from ingestion.settings import Settings
 from orchestration import dead_letters
 from orchestration.run import prepare
-from orchestration.transform import build
+from orchestration.transform import require_built, run_build
 from tests.fixtures.json_corpus import numbers, payment, write_corpus
 from tests.harness.folder_account import find_discrepancies
 from tests.harness.project_copy import copy_project, environment_of, run_warehouse
@@ -650,7 +650,7 @@ def test_the_audit_models_account_for_files(
     settings = replace(warehouse, project_dir=project)
     prepare(settings)
     chosen = ["--select", "+audit_reconciliation", "+audit_ledger", "+audit_dead_letters", "reference"]
-    build(settings, [*chosen, "--indirect-selection", "cautious"])
+    require_built(run_build(settings, [*chosen, "--indirect-selection", "cautious"]))
     assert query(
         "select offered::int, landed::int, dead::int, dead_letter_rows::int, raw_rows::int, staged_rows::int, adds_up "
         "from audit.audit_reconciliation where feed = %s",
@@ -661,7 +661,7 @@ def test_the_audit_models_account_for_files(
     ]
     query("delete from raw_payments._dead_letters where raw_key = '0/0000.json'")
     with pytest.raises(DataError, match="audit_reconciliation"):
-        build(settings, [*chosen, "--indirect-selection", "cautious", "--full-refresh"])
+        require_built(run_build(settings, [*chosen, "--indirect-selection", "cautious", "--full-refresh"]))
 
 
 def test_what_the_command_refuses(run: Run, drop: Path, query: Query, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from ingestion.replay import Selection
 from ingestion.replay_window import OffsetWindow, TimeWindow
 from ingestion.settings import Settings, load_settings
 from orchestration import forecast, transform
+from orchestration.backfill import DayRange, plan_backfill, run_backfill
 from orchestration.console import Reporter
 from orchestration.forecast import ModelDays
 from orchestration.replay import Rebuild, build_downstream, forecast_models, recording, replay_letters, replay_source
@@ -464,3 +465,29 @@ def test_the_commands_say_which_days(built: Warehouse, send: Send) -> None:
     assert re.search(rf"^model +days changed\nstg_payments__transactions +{day(4)} \(1 day\)$", applied, re.M), applied
     assert re.search(r"^rpt_finance__daily_revenue +none$", applied, re.M), applied
     assert ask(*window, "--apply").endswith("No model changes.\n")
+
+
+def test_a_backfill_plans_first_and_lands_the_days_that_miss_something(built: Warehouse, query: Query) -> None:
+    feed, quiet = built.feed(RATES), Reporter(quiet=True)
+    days = DayRange(day(-7), day(5))
+
+    def rates() -> Counter[dt.date]:
+        return Counter(when for (when,) in query("select rate_date from raw_fx.daily_rates"))
+
+    before = rates()
+    # The Friday and the Monday behind it: two days that do not follow each other.
+    query("delete from raw_fx.daily_rates where rate_date = any(%s)", [day(0), day(3)])
+
+    plan = plan_backfill(built.settings, feed, days, quiet)
+    assert plan.stretches == (DayRange(day(0), day(0)), DayRange(day(3), day(3)))
+    assert {when for when, found in plan.found.days.items() if found["landed"]} == {f"{day(0)}", f"{day(3)}"}
+    assert told(list(plan.models))
+    assert day(0) not in rates()
+
+    with recording(built.settings, "backfill", True) as run:
+        assert run is not None
+        done = run_backfill(built.settings, feed, plan, run, quiet)
+    assert len(done) == 2
+    assert rates() == before
+    # What landed stays as it is: nothing is missing any more.
+    assert plan_backfill(built.settings, feed, days, quiet).stretches == ()

@@ -211,11 +211,24 @@ def test_the_workspace_names_the_code_server(compose: Compose) -> None:
     server = workspace["load_from"][0]["grpc_server"]
     command = compose["services"][server["host"]]["command"]
     assert command[command.index("--port") + 1] == str(server["port"])
-    instance = (DOCKER / "dagster" / "dagster.yaml").read_text()
+    instance = (DOCKER / "dagster" / "base.yaml").read_text()
     for variable in re.findall(r"env: (\S+)", instance):
         for service in ("dagster-code", "dagster-webserver", "dagster-daemon"):
             assert variable in compose["services"][service]["environment"]
-    assert yaml.safe_load(instance)["telemetry"] == {"enabled": False}
+    # Telemetry, limits and monitoring are of the code, and stand in no second place.
+    assert not {"telemetry", "concurrency", "run_monitoring", "run_retries"} & set(yaml.safe_load(instance))
+    image = (DOCKER / "dagster.Dockerfile").read_text()
+    assert 'ENTRYPOINT ["/opt/warehouse/docker/dagster/start.sh"]' in image
+    assert "orchestration.instance" in (DOCKER / "dagster" / "start.sh").read_text()
+
+
+def test_a_new_version_waits_for_runs_that_are_going(compose: Compose) -> None:
+    minutes = re.fullmatch(r"(\d+)m", compose["services"]["dagster-code"]["stop_grace_period"])
+    assert minutes is not None
+    assert int(minutes[1]) >= 5
+    # Its address and its work stay: webserver and daemon are not started anew with it.
+    for service in ("dagster-webserver", "dagster-daemon"):
+        assert "restart" not in compose["services"][service]["depends_on"]["dagster-code"]
 
 
 # ---- .env.example
@@ -415,7 +428,7 @@ def test_up_refuses_an_unknown_argument(stack: Stack) -> None:
     assert stack.calls == []
 
 
-@pytest.mark.parametrize("script", ["up.sh", "postgres/init.sh"])
+@pytest.mark.parametrize("script", ["up.sh", "postgres/init.sh", "dagster/start.sh"])
 def test_scripts_are_executable_and_parse(script: str) -> None:
     path = DOCKER / script
     assert os.access(path, os.X_OK)

@@ -56,14 +56,14 @@ def specs_of(definitions: dg.Definitions) -> dict[str, dg.AssetSpec]:
 def checks_of(definitions: dg.Definitions) -> list[dg.AssetCheckSpec]:
     return [
         check
-        for asset in definitions.assets or []
+        for asset in [*(definitions.assets or []), *(definitions.asset_checks or [])]
         if isinstance(asset, dg.AssetsDefinition)
         for check in asset.check_specs
     ]
 
 
 def snapshot_of(definitions: dg.Definitions) -> dict[str, Any]:
-    """What a change of lineage changes: keys, dependencies, groups, checks, jobs, schedules."""
+    """What a change of lineage changes: keys, dependencies, groups, checks, jobs, schedules, sensors."""
     checks: dict[str, list[str]] = {}
     for check in checks_of(definitions):
         checks.setdefault(check.asset_key.to_user_string(), []).append(check.name)
@@ -72,6 +72,7 @@ def snapshot_of(definitions: dg.Definitions) -> dict[str, Any]:
         "assets": {
             key: {
                 "group": spec.group_name,
+                "condition": spec.automation_condition.get_label() if spec.automation_condition else None,
                 "depends_on": sorted(dep.asset_key.to_user_string() for dep in spec.deps),
                 "checks": sorted(checks.get(key, [])),
             }
@@ -95,7 +96,23 @@ def snapshot_of(definitions: dg.Definitions) -> dict[str, Any]:
             for schedule in definitions.schedules or []
             if isinstance(schedule, dg.ScheduleDefinition)
         },
+        "sensors": {
+            sensor.name: {
+                "type": sensor.sensor_type.name,
+                "seconds": sensor.minimum_interval_seconds,
+                "jobs": sorted(job.name for job in sensor.jobs) if sensor.has_jobs else [],
+                "default_status": sensor.default_status.name,
+            }
+            for sensor in definitions.sensors or []
+        },
+        "pools": pools_of(definitions),
     }
+
+
+def pools_of(definitions: dg.Definitions) -> dict[str, list[str]]:
+    """Step -> the pools it takes."""
+    jobs = [definitions.resolve_job_def(job.name) for job in definitions.jobs or []]
+    return {node.name: sorted(node.definition.pools) for job in jobs for node in job.nodes if node.definition.pools}
 
 
 def test_the_asset_graph_is_the_reviewed_one(definitions: dg.Definitions) -> None:
@@ -120,7 +137,8 @@ def test_every_feed_is_upstream_of_a_staging_model(definitions: dg.Definitions, 
 def test_every_data_test_is_a_check(definitions: dg.Definitions, manifest: Manifest) -> None:
     tests = {unique_id for unique_id, node in manifest["nodes"].items() if node["resource_type"] == "test"}
     assert tests
-    assert tests == {(check.metadata or {})[UNIQUE_ID] for check in checks_of(definitions)}
+    own = {"ledger", "reconciliation"}
+    assert tests == {(check.metadata or {})[UNIQUE_ID] for check in checks_of(definitions) if check.name not in own}
 
 
 def test_every_model_and_seed_is_an_asset(definitions: dg.Definitions, manifest: Manifest) -> None:

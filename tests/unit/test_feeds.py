@@ -1,5 +1,6 @@
 """Declarations: what stands in the YAML is read whole; what cannot be understood names file, line and reason."""
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ from ingestion.errors import ConfigurationError
 from ingestion.feeds import (
     AcceptedValues,
     FeedSpec,
+    IngestWhen,
     KafkaOrigin,
     Range,
     RequestSpec,
@@ -131,6 +133,26 @@ def test_feeds_are_selected_by_full_or_short_name(clean_settings: Settings) -> N
     ]  # fmt: skip
     with pytest.raises(ConfigurationError, match="nothing is not declared"):
         select_feeds(feeds, ["nothing"])
+
+
+def test_when_a_waiting_feed_is_read_unattended(project: Settings) -> None:
+    def declared(when: str) -> IngestWhen:
+        path = project.project_dir / SOURCES
+        path.write_text(re.sub("ingest_when: .*", f"ingest_when: {when}", path.read_text()))
+        return next(feed for feed in load_feeds(project) if feed.table == "transaction_created").ingest_when
+
+    assert declared("{messages: 5, seconds: 0}") == IngestWhen(5, 0)
+    assert declared("{seconds: 5}") == IngestWhen(1_000, 5)
+    assert declared("{}") == IngestWhen(1_000, 60)
+    for wrong, said in (
+        ("{messages: 0}", "`messages` of `ingest_when` of feed raw_payments.transaction_created must be 1 or more"),
+        ("{seconds: -1}", "must be 0 or more"),
+        ("{messages: many}", "must be a whole number"),
+        ("{minutes: 1}", "has no setting `minutes`"),
+        ("5", "must be a mapping"),
+    ):
+        with pytest.raises(ConfigurationError, match=rf"_payments__sources\.yml:\d+: .*{re.escape(said)}"):
+            declared(wrong)
 
 
 def test_how_hard_an_api_may_be_asked(project: Settings) -> None:
