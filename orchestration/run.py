@@ -39,7 +39,7 @@ def prepare(settings: Settings) -> list[FeedSpec]:
     feeds = load_feeds(settings)
     connection = connect(settings, purpose="prepare")
     try:
-        ensure_schema(connection, feeds)
+        ensure_schema(connection, feeds, settings.get("WAREHOUSE_TOKEN_SECRET"))
     finally:
         connection.close()
     transform.ensure_profiles(settings)

@@ -39,3 +39,10 @@ create table if not exists ops.standing (
     counts jsonb not null,
     built_at timestamptz not null default clock_timestamp()
 );
+
+-- The key of the tokens in the marts: see ingestion/tokens.py. One row; whoever reads it can make tokens.
+create table if not exists ops.token_key (
+    is_only boolean primary key default true check (is_only),
+    inner_pad bytea not null,
+    outer_pad bytea not null
+);

@@ -456,7 +456,7 @@ class _Reader:
         if isinstance(node, exp.Anonymous) and node.name.lower() in self.functions:
             children = merged([children, self.functions[node.name.lower()]])
         kind = _kind_of(node)
-        if kind == "aggregation" and not children:
+        if isinstance(node, exp.Sum) and not children:
             # A sum of ones is a count.
             return self._rows_counted(scope)
         return through(children, kind, barriers.crossed(node))
