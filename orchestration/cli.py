@@ -18,6 +18,7 @@ from orchestration.cli_base import make_reporter as _reporter
 from orchestration.cli_base import print_json as _print_json
 from orchestration.cli_base import project_settings as _settings
 from orchestration.cli_base import services_running as _services
+from orchestration.cli_lineage import lineage_app
 from orchestration.cli_replay import dead_letters_app, replay_window_command
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ services_app = typer.Typer(no_args_is_help=True, help="The embedded Postgres, br
 app.add_typer(feeds_app, name="feeds")
 app.add_typer(services_app, name="services")
 app.add_typer(dead_letters_app, name="dead-letters")
+app.add_typer(lineage_app, name="lineage")
 
 Seed = Annotated[int, typer.Option(help="Same seed, same bytes.")]
 BadShare = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of known-bad records.")]

@@ -317,7 +317,8 @@ class _Reader:
                 lateral = _projection(at.expression, name) if isinstance(at.expression, exp.Select) else None
                 if lateral is not None and lateral is not column.parent:
                     return self.flow(lateral, at)
-            at = at.parent
+            # A CTE or a table in FROM sees nothing of the query around it; a subquery and a lateral one do.
+            at = at.parent if at.is_subquery or at.is_udtf or at.lateral_sources or at.can_be_correlated else None
         raise _Unresolved(f"nothing offers {column.sql(DIALECT)} in {_name_of(scope)}")
 
     def _offers(self, source: Any, name: str) -> bool:
