@@ -391,17 +391,19 @@ def docs(
     serve: Annotated[bool, typer.Option("--serve", help="Serve the page on 127.0.0.1 until interrupted.")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port for --serve; 0 takes a free one.")] = 8080,
 ) -> None:
-    """Write the dbt docs lineage site as one offline page.
+    """Write the dbt docs site, and the lineage of columns beside it, as offline pages.
 
     Example: warehouse docs --serve --port 8080
     """
-    from orchestration.run import prepare
+    from orchestration.run import prepare, write_lineage
     from orchestration.transform import quoted_file_url, write_docs
 
     with _services() as settings:
         prepare(settings)
         page = write_docs(settings)
+        columns = write_lineage(settings)
     print(quoted_file_url(page))
+    print(quoted_file_url(columns))
     if serve:
         from orchestration.docs_server import serve_page
 

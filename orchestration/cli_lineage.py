@@ -20,10 +20,13 @@ lineage_app = typer.Typer(
     no_args_is_help=True, help="Columns from the field in the message to the mart; personal data on its way."
 )
 
-Node = Annotated[str, typer.Argument(metavar="NODE[.COLUMN]", help="A model, seed, source or topic, or a column of it.")]
+Node = Annotated[
+    str, typer.Argument(metavar="NODE[.COLUMN]", help="A model, seed, source or topic, or a column of it.")
+]
 OneColumn = Annotated[str, typer.Argument(metavar="NODE.COLUMN", help="A column.")]
 Folder = Annotated[
-    Path | None, typer.Option("--project", help="Another dbt project: the folder of its manifest.json and catalog.json.")
+    Path | None,
+    typer.Option("--project", help="Another dbt project: the folder of its manifest.json and catalog.json."),
 ]
 TIME_FORMATS = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]
 
@@ -130,7 +133,9 @@ def _step(graph: "Graph", where: "ColumnId") -> dict[str, Any]:
             {"column": graph.show(edge.source), "kinds": edge.kinds, "path": edge.path, "own_rows": edge.again}
             for edge in graph.into.get(where, ())
         ],
-        "expressions": [{"in": name or "the statement", "sql": text} for name, text in (column.expressions if column else ())],
+        "expressions": [
+            {"in": name or "the statement", "sql": text} for name, text in (column.expressions if column else ())
+        ],
         "unknown": column.unknown if column else "",
     }
 
@@ -153,7 +158,9 @@ def _print_trace(graph: "Graph", where: "ColumnId", depth: int, seen: set["Colum
     seen.add(where)
     for name, text in column.expressions if column else ():
         line = " ".join(text.split())
-        print(f"{'  ' * depth}    = {line if len(line) <= 160 else line[:157] + '...'}" + (f"  in {name}" if name else ""))
+        print(
+            f"{'  ' * depth}    = {line if len(line) <= 160 else line[:157] + '...'}" + (f"  in {name}" if name else "")
+        )
     for edge in graph.into.get(where, ()):
         if edge.direct and edge.source != where and not edge.again:
             _print_trace(graph, edge.source, depth + 1, seen)
@@ -163,13 +170,16 @@ def _decided_by(graph: "Graph", where: "ColumnId") -> list[str]:
     from orchestration.lineage.graph import ROWS, ColumnId
 
     edges = [*graph.into.get(where, ()), *graph.into.get(ColumnId(where.dataset, ROWS), ())]
-    return [f"{graph.show(edge.source)} ({', '.join(edge.kinds)})" for edge in edges if not edge.direct and not edge.again]
+    return [
+        f"{graph.show(edge.source)} ({', '.join(edge.kinds)})" for edge in edges if not edge.direct and not edge.again
+    ]
 
 
 @lineage_app.command()
 def pii(as_json: AsJson = False) -> None:
-    """Every column that holds personal data, how it got there, and the barrier that ends it. Exit code 7 where the policy
-    is broken.
+    """Every column that holds personal data, how it got there, and the barrier that ends it.
+
+    Exit code 7 where the policy is broken.
 
     Example: warehouse lineage pii
     """
@@ -195,7 +205,11 @@ def pii(as_json: AsJson = False) -> None:
                 ],
                 "exposures": [graph.datasets[one].name for one in found.exposures],
                 "violations": [
-                    {"column": graph.show(one.column), "reason": one.reason, "way": [graph.show(step) for step in one.way]}
+                    {
+                        "column": graph.show(one.column),
+                        "reason": one.reason,
+                        "way": [graph.show(step) for step in one.way],
+                    }
                     for one in found.violations
                 ],
             }
@@ -253,7 +267,9 @@ def diff(
             {
                 "added": [after.show(one) for one in found.added],
                 "removed": [before.show(one) for one in found.removed],
-                "changed": [{"column": after.show(one), "before": was, "after": now} for one, was, now in found.changed],
+                "changed": [
+                    {"column": after.show(one), "before": was, "after": now} for one, was, now in found.changed
+                ],
                 "newly_personal": [
                     {"column": after.show(one), "way": [after.show(step) for step in way]}
                     for one, way in found.newly_personal
@@ -310,7 +326,9 @@ def row(
         raise ConfigurationError(f"{table} is no model.", hint="`row` takes a model and the key of one of its rows.")
     manifest, feeds = _manifest(), load_feeds(project_settings())
     found = with_connection(
-        lambda connection: trace_row(connection, graph, manifest, feeds, dataset, [part.strip() for part in key.split(",")]),
+        lambda connection: trace_row(
+            connection, graph, manifest, feeds, dataset, [part.strip() for part in key.split(",")]
+        ),
         "lineage",
     )
     if as_json:
@@ -323,7 +341,9 @@ def row(
             }
         )
         return
-    rows = [(one.feed, one.origin, one.place, one.load_id, f"{one.loaded_at:%Y-%m-%d %H:%M:%S}") for one in found.records]
+    rows = [
+        (one.feed, one.origin, one.place, one.load_id, f"{one.loaded_at:%Y-%m-%d %H:%M:%S}") for one in found.records
+    ]
     print(render_table(("feed", "from", "at", "load", "landed"), rows, indent=""))
     if found.more:
         print(f"... and {found.more:,} more")
@@ -338,13 +358,16 @@ def row(
 @lineage_app.command()
 def incident(
     column: OneColumn,
-    at: Annotated[datetime | None, typer.Option("--at", formats=TIME_FORMATS, help="When it was seen, UTC; now for none.")] = None,
+    at: Annotated[
+        datetime | None, typer.Option("--at", formats=TIME_FORMATS, help="When it was seen, UTC; now for none.")
+    ] = None,
     hours: Annotated[float, typer.Option("--hours", min=0.1, help="How far to look back.")] = 48,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Findings shown.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """What happened upstream of a column before a moment: loads, failed runs, drift, contracts, code; the most suspicious
-    first.
+    """What happened upstream of a column before a moment, the most suspicious first.
+
+    Loads, failed runs, drift, contracts and code are looked at.
 
     Example: warehouse lineage incident rpt_finance__daily_revenue.revenue_minor --at 2026-03-07T09:00:00
     """
@@ -360,7 +383,9 @@ def incident(
         print_json({"feeds": upstream_feeds(graph, where), "findings": [one.__dict__ for one in found]})
         return
     print(f"upstream of {graph.show(where)}: {', '.join(upstream_feeds(graph, where))}")
-    rows = [(f"{one.weight:.0f}", f"{one.at:%Y-%m-%d %H:%M:%S}", one.kind, one.subject, one.what) for one in found[:limit]]
+    rows = [
+        (f"{one.weight:.0f}", f"{one.at:%Y-%m-%d %H:%M:%S}", one.kind, one.subject, one.what) for one in found[:limit]
+    ]
     print(render_table(("weight", "at", "kind", "where", "what"), rows, indent=""))
     if len(found) > limit:
         print(f"... and {len(found) - limit:,} more")
@@ -368,7 +393,9 @@ def incident(
 
 @lineage_app.command()
 def coverage(
-    folders: Annotated[list[Path] | None, typer.Argument(help="Folders with manifest.json; this project for none.")] = None,
+    folders: Annotated[
+        list[Path] | None, typer.Argument(help="Folders with manifest.json; this project for none.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """How much of a project's columns is understood; takes any dbt project's target folder.
@@ -379,7 +406,8 @@ def coverage(
 
     rows = []
     unknown: list[tuple[str, str, str]] = []
-    for folder in folders or [None]:
+    chosen: list[Path | None] = [*folders] if folders else [None]
+    for folder in chosen:
         graph = _graph(folder)
         columns = [where for where, _ in graph.columns("model", "snapshot")]
         missing = [(where, why) for where, why in graph.unknown()]

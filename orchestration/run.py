@@ -18,6 +18,7 @@ from ingestion.settings import Settings
 from orchestration import transform
 from orchestration.console import Reporter
 from orchestration.history import Run, recorded_run
+from orchestration.lineage.personal import guard_policy
 from orchestration.standing import find_standing, note_standing, take_inputs
 
 if TYPE_CHECKING:
@@ -44,6 +45,14 @@ def prepare(settings: Settings) -> list[FeedSpec]:
         connection.close()
     transform.ensure_profiles(settings)
     return feeds
+
+
+def write_lineage(settings: Settings) -> Path:
+    """The page of columns, beside dbt's docs site."""
+    from orchestration.lineage.build import load_graph
+    from orchestration.lineage.page import PAGE, write_page
+
+    return write_page(load_graph(settings), transform.docs_page(settings).with_name(PAGE))
 
 
 def ingest(
@@ -143,6 +152,8 @@ def describe_build(report: transform.BuildReport) -> str:
 def run_all(settings: Settings, reporter: Reporter, *, command: str = "run", trigger: str = "manual") -> RunReport:
     """Ingest all feeds, dbt build, source freshness, docs. What stands as it would be built now is not built again.
 
+    Nothing is built of a project that breaks the personal-data policy.
+
     Raises:
         WarehouseError: of the first layer that failed; layers before it stand.
     """
@@ -158,6 +169,7 @@ def run_all(settings: Settings, reporter: Reporter, *, command: str = "run", tri
                 project = None
                 if report.build is None:
                     project = transform.parse_project(settings)
+                    guard_policy(settings, project)
                     report.build = transform.build(
                         settings, on_node=lambda _n, _s, done, due: task.update(done, due), project=project
                     )
@@ -169,6 +181,7 @@ def run_all(settings: Settings, reporter: Reporter, *, command: str = "run", tri
             if project is not None or not report.docs.is_file():
                 with run.step("docs"), reporter.task("dbt docs generate"):
                     report.docs = transform.write_docs(settings, project)
+                    write_lineage(settings)
     finally:
         connection.close()
     return report

@@ -22,7 +22,7 @@ COARSE = frozenset({"month", "quarter", "year", "decade", "century"})
 SUMMING = (exp.Sum, exp.Avg, exp.Count, exp.Stddev, exp.StddevPop, exp.StddevSamp, exp.Variance, exp.VariancePop)
 
 
-def crossed(node: exp.Expression) -> frozenset[str]:
+def crossed(node: exp.Expr) -> frozenset[str]:
     """The barriers a function is for what is given to it."""
     found = set()
     if _is_hash(node):
@@ -39,7 +39,7 @@ def crossed(node: exp.Expression) -> frozenset[str]:
     return frozenset(found)
 
 
-def crossed_by_condition(condition: exp.Expression) -> frozenset[str]:
+def crossed_by_condition(condition: exp.Expr) -> frozenset[str]:
     """`aggregate:<k>` of a condition that at least k rows are there; it must hold whatever else does."""
     for one in condition.flatten() if isinstance(condition, exp.And) else [condition]:
         bare = one.unnest()
@@ -58,24 +58,24 @@ def holds(declared: str, found: frozenset[str] | tuple[str, ...]) -> bool:
     return declared in found
 
 
-def _is_hash(node: exp.Expression) -> bool:
+def _is_hash(node: exp.Expr) -> bool:
     return isinstance(node, exp.MD5 | exp.SHA | exp.SHA2 | exp.MD5Digest | exp.SHA1Digest | exp.SHA2Digest) or (
         isinstance(node, exp.Anonymous) and node.name.lower() in HASHES
     )
 
 
-def _is_token(node: exp.Expression) -> bool:
+def _is_token(node: exp.Expr) -> bool:
     """HMAC: sha256(key || sha256(key || value)), the keys from the table only the warehouse writes."""
     outer = _keyed(node)
     return outer is not None and any(_keyed(one) is not None for one in outer if _is_hash(one))
 
 
-def _keyed(node: exp.Expression) -> list[exp.Expression] | None:
+def _keyed(node: exp.Expr) -> list[exp.Expr] | None:
     """What stands behind the key in sha256(key || ...); None where there is no key."""
     if not _is_hash(node) or isinstance(node, exp.MD5):
         return None
     argument = node.this if isinstance(node, exp.SHA2 | exp.SHA2Digest) else next(iter(node.expressions), node.this)
-    if not isinstance(argument, exp.Expression):
+    if not isinstance(argument, exp.Expr):
         return None
     parts = list(argument.unnest().flatten()) if isinstance(argument.unnest(), exp.DPipe) else [argument.unnest()]
     if len(parts) < 2:
@@ -86,7 +86,7 @@ def _keyed(node: exp.Expression) -> list[exp.Expression] | None:
     return [part.unnest() for part in parts[1:]]
 
 
-def _is_mask(node: exp.Expression) -> bool:
+def _is_mask(node: exp.Expr) -> bool:
     if isinstance(node, exp.Left | exp.Right):
         return _at_most(node.expression, MASK_LEAVES)
     if isinstance(node, exp.Substring):

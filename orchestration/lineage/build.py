@@ -82,7 +82,8 @@ def read_graph(folder: Path, home: Path, work: Work | None = None) -> Graph:
         content = (folder / "manifest.json").read_bytes()
     except OSError as error:
         raise ConfigurationError(
-            f"{folder}/manifest.json cannot be read: {error.strerror}.", hint="`dbt docs generate` writes it to target/."
+            f"{folder}/manifest.json cannot be read: {error.strerror}.",
+            hint="`dbt docs generate` writes it to target/.",
         ) from None
     catalog_path = folder / "catalog.json"
     catalog_bytes = catalog_path.read_bytes() if catalog_path.is_file() else b"{}"
@@ -307,7 +308,7 @@ class _Builder:
         columns: dict[str, Column] = {}
         reason = whole["unknown"] or ("a model in Python" if node.get("language") == "python" else "")
         if reason and not outputs:
-            outputs = {name: {"unknown": reason} for name in declared or {ROWS: None}}
+            outputs = {name: {"unknown": reason} for name in [*declared] or [ROWS]}
         for name, output in outputs.items():
             column = declared.get(name, Column(name))
             flow = output.get("flow", [])
@@ -520,7 +521,9 @@ def _in_order(nodes: Mapping[str, Any]) -> list[str]:
                 order[unique_id] = None
             elif unique_id in nodes and nodes[unique_id]["resource_type"] in BUILT and unique_id not in order:
                 waiting.append((unique_id, True))
-                waiting += [(parent, False) for parent in nodes[unique_id]["depends_on"]["nodes"] if parent not in order]
+                waiting += [
+                    (parent, False) for parent in nodes[unique_id]["depends_on"]["nodes"] if parent not in order
+                ]
     return list(order)
 
 
@@ -541,7 +544,9 @@ def _snapshot_columns(node: Mapping[str, Any], outputs: Mapping[str, Any]) -> di
         return {"flow": flow, "expressions": [["snapshot", f"of {', '.join(names)}"]] if names else []}
 
     names = config.get("snapshot_meta_column_names") or {}
-    made = dict.fromkeys(SNAPSHOT_COLUMNS[1:], made_of(changed)) | {SNAPSHOT_COLUMNS[0]: made_of([*key, *changed], ["hash"])}
+    made = dict.fromkeys(SNAPSHOT_COLUMNS[1:], made_of(changed)) | {
+        SNAPSHOT_COLUMNS[0]: made_of([*key, *changed], ["hash"])
+    }
     return {names.get(name) or name: made[name] for name in SNAPSHOT_COLUMNS}
 
 
@@ -550,7 +555,8 @@ def _plain(statement: "Statement") -> dict[str, Any]:
         plain: dict[str, Any] = {}
         if one.flow:
             plain["flow"] = [
-                [*leaf, sorted([way.kind, sorted(way.barriers)] for way in ways)] for leaf, ways in sorted(one.flow.items())
+                [*leaf, sorted([way.kind, sorted(way.barriers)] for way in ways)]
+                for leaf, ways in sorted(one.flow.items())
             ]
         if one.expressions:
             plain["expressions"] = [list(step) for step in one.expressions]

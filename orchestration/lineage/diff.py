@@ -1,8 +1,8 @@
-"""Two graphs compared, for the review of a change: columns added, removed, of another meaning, personal data reaching on.
+"""Two graphs compared, to review a change: what is added, removed, means something else, where personal data goes.
 
     git archive REF -> a copy of the project as it was -> its graph; against the graph of the files as they stand
 
-A column changed its meaning when the SQL that makes it did (its expressions, or what it has its value from), or its type.
+A column changed its meaning when its type did, or the SQL that makes it: its expressions, what it has its value from.
 """
 
 import io

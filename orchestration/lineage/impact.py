@@ -69,7 +69,9 @@ def find_impact(graph: Graph, manifest: Mapping[str, Any], dataset: str, column:
     changed = [where for where in _changed(graph, dataset, column) if where.dataset != dataset]
     tests = _tests(graph, gone, {*broken, *skipped})
     touched = {dataset, *broken, *skipped, *(where.dataset for where in changed)}
-    exposures = sorted({one for each in touched for one in readers.get(each, ()) if graph.datasets[one].kind == "exposure"})
+    exposures = sorted(
+        {one for each in touched for one in readers.get(each, ()) if graph.datasets[one].kind == "exposure"}
+    )
     owners = sorted({graph.datasets[one].owner for one in {*touched, *exposures} if graph.datasets[one].owner})
     return Impact(
         tuple(Broken(model, broken[model]) for model in sorted(broken)),

@@ -60,7 +60,9 @@ def upstream_feeds(graph: Graph, where: ColumnId) -> list[str]:
         for one in graph.walk(ColumnId(dataset, "*"), up=True, follow=lambda _edge: True)
     }
     return sorted(
-        graph.datasets[one].name for one in reached if graph.datasets[one].kind == "source" and graph.datasets[one].layer == "raw"
+        graph.datasets[one].name
+        for one in reached
+        if graph.datasets[one].kind == "source" and graph.datasets[one].layer == "raw"
     )
 
 
@@ -113,15 +115,23 @@ def _odd(load: _Load, before: Sequence[_Load]) -> Iterator[tuple[float, str]]:
         told = True
         yield 60, f"first load under contract {load.contract}, before it {before[-1].contract}"
     share = load.dead / load.offered if load.offered else 0.0
-    usual = statistics.median(one.dead / one.offered for one in before if one.offered) if any(o.offered for o in before) else 0.0
+    usual = (
+        statistics.median(one.dead / one.offered for one in before if one.offered)
+        if any(o.offered for o in before)
+        else 0.0
+    )
     if load.dead > 0 and share > 2 * usual:
         told = True
-        yield 20 + 60 * min(1.0, share), f"{load.dead:,} of {load.offered:,} records set aside ({share:.1%}, usually {usual:.1%})"
+        yield (
+            20 + 60 * min(1.0, share),
+            f"{load.dead:,} of {load.offered:,} records set aside ({share:.1%}, usually {usual:.1%})",
+        )
     drift_before = any(one.drifted for one in before[-5:])
     if load.drifted:
         told = True
-        yield (15 if drift_before else 55), f"{load.drifted:,} records with fields nobody declared" + (
-            "" if drift_before else ", none before"
+        yield (
+            (15 if drift_before else 55),
+            f"{load.drifted:,} records with fields nobody declared" + ("" if drift_before else ", none before"),
         )
     if load.kind == "replay" or load.restored:
         told = True
@@ -154,7 +164,13 @@ def _of_runs(connection: "Connection", feeds: Sequence[str], since: datetime, at
     for started, step, feed, outcome, error_class, message, command, run_id in steps:
         first_line = (message or "").splitlines()[0] if message else "no message"
         what = "did not end" if outcome == "running" else f"failed ({error_class}): {first_line[:200]}"
-        yield Finding(70 if feed or step == "build" else 45, started, "run", f"{command} {run_id}", f"{step} {feed} {what}".replace("  ", " "))
+        yield Finding(
+            70 if feed or step == "build" else 45,
+            started,
+            "run",
+            f"{command} {run_id}",
+            f"{step} {feed} {what}".replace("  ", " "),
+        )
     for started, command, run_id, code, _outcome, before in runs:
         if started >= since and before is not None and code != before:
             yield Finding(65, started, "code", f"{command} {run_id}", f"first run of code {code}, before it {before}")

@@ -102,8 +102,8 @@ def follow_personal_data(graph: Graph) -> Personal:
             else:
                 reach(edge.target, edge)
     found = Personal(graph, reached, (), ())
-    for where, edge in reached.items():
-        wrong += _judge(found, where, edge)
+    for where, come_by in reached.items():
+        wrong += _judge(found, where, come_by)
     holding = {where.dataset for where in reached}
     for where, why in graph.unknown():
         column = graph.column(where)

@@ -2,8 +2,8 @@
 
     key of the row -> the graph, up to the raw tables -> the same key in terms of their columns -> coordinates
 
-A key that is an expression on its way (a token, a day of a moment) is looked for by that expression. Values are compared
-in the database and never shown.
+A key that is an expression on its way (a token, a day of a moment) is looked for by that expression. Values are
+compared in the database and never shown.
 """
 
 from collections.abc import Iterator, Sequence
@@ -130,7 +130,9 @@ def _require_row(
             if not (cursor.fetchone() or (False,))[0]:
                 raise ConfigurationError(f"{schema}.{table} was not built yet.", hint="`warehouse run` builds it.")
             cursor.execute(
-                sql.SQL("select 1 from {}.{} where {} limit 1").format(sql.Identifier(schema), sql.Identifier(table), where),
+                sql.SQL("select 1 from {}.{} where {} limit 1").format(
+                    sql.Identifier(schema), sql.Identifier(table), where
+                ),
                 list(values),
             )
             if cursor.fetchone() is None:
@@ -139,7 +141,9 @@ def _require_row(
         raise ConfigurationError(f"{', '.join(values)} cannot be a key of {schema}.{table}.") from None
 
 
-def _in_terms_of_sources(graph: Graph, where: ColumnId, seen: frozenset[ColumnId] = frozenset()) -> Iterator[tuple[ColumnId, str]]:
+def _in_terms_of_sources(
+    graph: Graph, where: ColumnId, seen: frozenset[ColumnId] = frozenset()
+) -> Iterator[tuple[ColumnId, str]]:
     """Columns of raw tables a column is made of, each with the SQL that makes it, `\\0` for the raw column."""
     if graph.datasets[where.dataset].kind == "source":
         yield where, _HOLE
@@ -222,8 +226,9 @@ def _find_letters(connection: "Connection", feed: FeedSpec, keys: Sequence[str])
         return []
     with connection.cursor() as cursor:
         cursor.execute(
-            "select dead_letter_id, feed, stream_name, kafka_partition, kafka_offset, api_window_from, api_page, api_item, "
-            "reason, status, load_id from ops.dead_letters where feed = %s and exists (select from unnest(%s::text[]) as k "
+            "select dead_letter_id, feed, stream_name, kafka_partition, kafka_offset, api_window_from, api_page, "
+            "api_item, reason, status, load_id from ops.dead_letters where feed = %s "
+            "and exists (select from unnest(%s::text[]) as k "
             "where raw_key = convert_to(k, 'UTF8') or position(convert_to(k, 'UTF8') in raw_value) > 0) "
             "order by failed_at desc limit %s",
             (feed.name, list(keys), SHOWN),

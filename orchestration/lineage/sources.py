@@ -49,9 +49,7 @@ def field_path(feed: FeedSpec, column: str) -> str:
     levels = "".join(f".{{{key}}}" for key in records.keys)
     if column in records.keys:
         # A key of an object: the path ends at it.
-        return f"$.{records.path}" + "".join(
-            f".{{{key}}}" for key in records.keys[: records.keys.index(column) + 1]
-        )
+        return f"$.{records.path}" + "".join(f".{{{key}}}" for key in records.keys[: records.keys.index(column) + 1])
     if column == records.value:
         return f"$.{records.path}{levels}.*"
     return f"$.{records.path}{levels}[*].{column}"
@@ -165,5 +163,3 @@ def _columns_of_view(script: str) -> dict[str, str]:
     query = parse_one(_script(script), dialect="postgres")
     assert isinstance(query, exp.Select)
     return {one.alias_or_name: "" for one in query.expressions}
-
-

@@ -125,7 +125,7 @@ def _schema_of(tables: Tables) -> MappingSchema:
     return MappingSchema({key: dict(value) for key, value in tables.items()}, dialect=DIALECT, normalize=False)
 
 
-def _scope_of(text: str, tree: exp.Expression, schema: MappingSchema) -> Scope | None:
+def _scope_of(text: str, tree: exp.Expr, schema: MappingSchema) -> Scope | None:
     options: dict[str, Any] = {
         "dialect": DIALECT,
         "schema": schema,
@@ -158,7 +158,8 @@ def through(flow: Flow, kind: str, crossed: Iterable[str] = ()) -> Flow:
         return flow
     extra = frozenset(crossed)
     return {
-        leaf: frozenset(Way(_later(way.kind, kind), way.barriers | extra) for way in ways) for leaf, ways in flow.items()
+        leaf: frozenset(Way(_later(way.kind, kind), way.barriers | extra) for way in ways)
+        for leaf, ways in flow.items()
     }
 
 
@@ -216,6 +217,8 @@ class _Reader:
 
     def column(self, scope: Scope, name: str) -> Flow:
         """What column `name` of a scope is made of."""
+        # Inside a recursive CTE sqlglot gives its first part as a scope without sources.
+        scope = self.scopes.get(id(scope.expression), scope)
         key = (id(scope), name)
         known = self.columns_of.setdefault(id(scope), {})
         if name in known:
@@ -271,7 +274,7 @@ class _Reader:
             return self.flow(query.expressions[place], scope)
         return self.column(scope, self.names(scope)[place])
 
-    def _star(self, star: exp.Expression, scope: Scope, name: str) -> Flow:
+    def _star(self, star: exp.Expr, scope: Scope, name: str) -> Flow:
         """Column `name` behind a `*` that could not be spelt out."""
         wanted = [star.table] if isinstance(star, exp.Column) and star.table else list(scope.selected_sources)
         open_ended = []
@@ -298,7 +301,7 @@ class _Reader:
             raise _Unresolved(f"no column {name} in {table.db}.{table.name}")
         return {Leaf(table.db, table.name, name): frozenset({Way("identity")})}
 
-    def _of_function(self, node: exp.Expression, scope: Scope) -> Flow:
+    def _of_function(self, node: exp.Expr, scope: Scope) -> Flow:
         return through(merged(self._children(node, scope)), "transformation")
 
     def _reference(self, column: exp.Column, scope: Scope) -> Flow:
@@ -341,6 +344,7 @@ class _Reader:
 
     def rows(self, scope: Scope) -> Flow:
         """Which rows a scope gives: the rows it reads, and what filters, joins and groups them."""
+        scope = self.scopes.get(id(scope.expression), scope)
         if id(scope) in self.rows_of:
             return self.rows_of[id(scope)]
         if (id(scope), ROWS) in self.open:
@@ -417,11 +421,11 @@ class _Reader:
         return {Leaf(source.db, source.name, ROWS): frozenset({Way("rows")})}
 
     def _used(self, node: Any, scope: Scope, kind: str) -> Flow:
-        return through(self.flow(node, scope), kind) if isinstance(node, exp.Expression) else NOTHING
+        return through(self.flow(node, scope), kind) if isinstance(node, exp.Expr) else NOTHING
 
     # Expressions
 
-    def flow(self, node: exp.Expression, scope: Scope) -> Flow:
+    def flow(self, node: exp.Expr, scope: Scope) -> Flow:
         """What an expression is made of."""
         if isinstance(node, exp.Column):
             return NOTHING if node.is_star else self._reference(node, scope)
@@ -447,7 +451,7 @@ class _Reader:
             values = [self.flow(one.this, scope) for one in ordered.expressions] if ordered else []
             return through(merged([self.flow(node.this, scope), *values]), "aggregation")
         if isinstance(node, exp.Order):
-            value = [self.flow(node.this, scope)] if isinstance(node.this, exp.Expression) else []
+            value = [self.flow(node.this, scope)] if isinstance(node.this, exp.Expr) else []
             return merged([*value, *(self._used(one.this, scope, "sort") for one in node.expressions)])
         if isinstance(node, exp.JSONExtract | exp.JSONExtractScalar | exp.JSONBExtract | exp.JSONBExtractScalar):
             return self._json(node, scope)
@@ -462,10 +466,10 @@ class _Reader:
             return self._rows_counted(scope)
         return through(children, kind, barriers.crossed(node))
 
-    def _children(self, node: exp.Expression, scope: Scope) -> list[Flow]:
+    def _children(self, node: exp.Expr, scope: Scope) -> list[Flow]:
         return [self.flow(child, scope) for child in node.iter_expressions() if not isinstance(child, exp.Identifier)]
 
-    def _subquery(self, node: exp.Expression, scope: Scope) -> Flow:
+    def _subquery(self, node: exp.Expr, scope: Scope) -> Flow:
         inner = self.scopes.get(id(node)) or self.scopes.get(id(node.this))
         if inner is None:
             return merged(self._children(node, scope))
@@ -506,7 +510,7 @@ class _Reader:
                         flows += [self._used(one.this, scope, "window") for one in window.args["order"].expressions]
         return merged(flows)
 
-    def _json(self, node: exp.Expression, scope: Scope) -> Flow:
+    def _json(self, node: exp.Expr, scope: Scope) -> Flow:
         inner = self.flow(node.this, scope)
         path = _json_path(node.args.get("expression"))
         if path is None:
@@ -538,6 +542,7 @@ class _Reader:
 
     def names(self, scope: Scope) -> list[str]:
         """A scope's columns in order, `*` for those nobody knows."""
+        scope = self.scopes.get(id(scope.expression), scope)
         key = id(scope)
         if key not in self.names_of:
             # A recursive CTE asks for its own.
@@ -558,7 +563,7 @@ class _Reader:
         columns = alias.columns if isinstance(alias, exp.TableAlias) else []
         return [column.name for column in columns] or [ROWS]
 
-    def _starred(self, star: exp.Expression, scope: Scope) -> list[str]:
+    def _starred(self, star: exp.Expr, scope: Scope) -> list[str]:
         names: list[str] = []
         for alias, (_, source) in scope.selected_sources.items():
             if isinstance(star, exp.Column) and star.table and alias != star.table:
@@ -601,7 +606,7 @@ class _Reader:
                     waiting.append((source, one.name))
 
 
-def _kind_of(node: exp.Expression) -> str:
+def _kind_of(node: exp.Expr) -> str:
     if isinstance(node, exp.Predicate | exp.Not | exp.Connector):
         return "predicate"
     if isinstance(node, exp.RowNumber):
@@ -613,7 +618,7 @@ def _kind_of(node: exp.Expression) -> str:
     return "transformation"
 
 
-def _projection(query: exp.Expression, name: str) -> exp.Expression | None:
+def _projection(query: exp.Expr, name: str) -> exp.Expr | None:
     for one in query.expressions:
         if not one.is_star and one.alias_or_name == name:
             return one  # type: ignore[no-any-return]
