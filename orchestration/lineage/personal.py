@@ -78,10 +78,10 @@ def follow_personal_data(graph: Graph) -> Personal:
             reached[where] = edge
             waiting.append(where)
 
-    # Fields of messages first, so that ways begin there.
+    # Where nothing arrives from elsewhere first, so that ways begin there: fields of messages, sources.
     declared = [where for where, column in graph.columns() if column.pii]
-    for where in sorted(declared, key=lambda one: graph.datasets[one.dataset].kind not in ORIGINS):
-        if graph.datasets[where.dataset].kind in ORIGINS:
+    for where in declared:
+        if not any(edge.source != where for edge in graph.into.get(where, ())):
             reach(where, None)
     begun = False
     while waiting or not begun:
