@@ -17,6 +17,7 @@ from psycopg2 import sql
 
 from ingestion.errors import ConfigurationError
 from ingestion.feeds import FeedSpec, KafkaOrigin, RestOrigin
+from ingestion.tokens import ensure_token_key
 
 Connection = psycopg2.extensions.connection
 
@@ -110,17 +111,19 @@ def raw_columns(feed: FeedSpec) -> list[tuple[str, str, bool]]:
     ]
 
 
-def ensure_schema(connection: Connection, feeds: Sequence[FeedSpec]) -> None:
-    """Make what is missing: extension, schemas, raw tables, bookkeeping, run history, views. Commits.
+def ensure_schema(connection: Connection, feeds: Sequence[FeedSpec], token_secret: str | None = None) -> None:
+    """Make what is missing: extension, schemas, raw tables, bookkeeping, run history, views, the tokens' key. Commits.
 
     Raises:
-        ConfigurationError: a raw table has a column of another type than declared.
+        ConfigurationError: a raw table has a column of another type than declared, or tokens were made with another
+            secret.
     """
     with connection, connection.cursor() as cursor:
         # Two first runs at once would race on CREATE ... IF NOT EXISTS, which is not atomic in Postgres.
         cursor.execute("select pg_advisory_xact_lock(hashtext('payments-warehouse ddl'))")
         cursor.execute(_script("ops.sql"))
         cursor.execute(_script("alerts.sql"))
+        ensure_token_key(cursor, token_secret)
         # Also of sources nobody declares any more: the views are over all there are.
         sources = sorted({feed.source for feed in feeds} | set(_find_sources(cursor)))
         for source in sources:

@@ -20,6 +20,7 @@ from orchestration.cli_base import make_reporter as _reporter
 from orchestration.cli_base import print_json as _print_json
 from orchestration.cli_base import project_settings as _settings
 from orchestration.cli_base import services_running as _services
+from orchestration.cli_lineage import lineage_app
 from orchestration.cli_replay import dead_letters_app, replay_window_command
 from orchestration.cli_service_level import ages_command, metrics_command, report_command
 
@@ -62,6 +63,7 @@ app.add_typer(feeds_app, name="feeds")
 app.add_typer(services_app, name="services")
 app.add_typer(dead_letters_app, name="dead-letters")
 app.add_typer(alerts_app, name="alerts")
+app.add_typer(lineage_app, name="lineage")
 
 Seed = Annotated[int, typer.Option(help="Same seed, same bytes.")]
 BadShare = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of known-bad records.")]
@@ -403,17 +405,19 @@ def docs(
     serve: Annotated[bool, typer.Option("--serve", help="Serve the page on 127.0.0.1 until interrupted.")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port for --serve; 0 takes a free one.")] = 8080,
 ) -> None:
-    """Write the dbt docs lineage site as one offline page.
+    """Write the dbt docs site, and the lineage of columns beside it, as offline pages.
 
     Example: warehouse docs --serve --port 8080
     """
-    from orchestration.run import prepare
+    from orchestration.run import prepare, write_lineage
     from orchestration.transform import quoted_file_url, write_docs
 
     with _services() as settings:
         prepare(settings)
         page = write_docs(settings)
+        columns = write_lineage(settings)
     print(quoted_file_url(page))
+    print(quoted_file_url(columns))
     if serve:
         from orchestration.docs_server import serve_page
 

@@ -18,6 +18,7 @@ from ingestion.settings import Settings
 from orchestration import transform
 from orchestration.console import Reporter
 from orchestration.history import Run, recorded_run, retention_of, trim_history
+from orchestration.lineage.personal import guard_policy
 from orchestration.manifest import keep_manifest
 from orchestration.standing import find_standing, note_standing, take_inputs
 from orchestration.watch import watched
@@ -44,12 +45,20 @@ def prepare(settings: Settings) -> list[FeedSpec]:
     feeds = load_feeds(settings)
     connection = connect(settings, purpose="prepare")
     try:
-        ensure_schema(connection, feeds)
+        ensure_schema(connection, feeds, settings.get("WAREHOUSE_TOKEN_SECRET"))
         trim_history(connection, retention_of(settings))
     finally:
         connection.close()
     transform.ensure_profiles(settings)
     return feeds
+
+
+def write_lineage(settings: Settings) -> Path:
+    """The page of columns, beside dbt's docs site."""
+    from orchestration.lineage.build import load_graph
+    from orchestration.lineage.page import PAGE, write_page
+
+    return write_page(load_graph(settings), transform.docs_page(settings).with_name(PAGE))
 
 
 def ingest(
@@ -154,6 +163,8 @@ def describe_build(report: transform.BuildReport) -> str:
 def run_all(settings: Settings, reporter: Reporter, *, command: str = "run", trigger: str = "manual") -> RunReport:
     """Ingest all feeds, dbt build, source freshness, docs. What stands as it would be built now is not built again.
 
+    Nothing is built of a project that breaks the personal-data policy.
+
     Raises:
         WarehouseError: of the first layer that failed; layers before it stand.
     """
@@ -187,6 +198,7 @@ def _run_layers(
         if report.build is None:
             project = transform.parse_project(settings)
             keep_manifest(settings, project)
+            guard_policy(settings, project)
             report.build = transform.run_build(
                 settings,
                 on_node=lambda _n, _s, done, due: task.update(done, due),
@@ -203,3 +215,4 @@ def _run_layers(
     if project is not None or not report.docs.is_file():
         with run.step("docs"), reporter.task("dbt docs generate"):
             report.docs = transform.write_docs(settings, project)
+            write_lineage(settings)

@@ -185,10 +185,19 @@ def parse_project(settings: Settings) -> Any:
 def parse(settings: Settings, target: Path) -> Path:
     """`dbt parse` into a folder of the caller's; the manifest's path. Needs no server and touches the project nowhere.
 
-    Where no profiles.yml was made yet, its example serves.
-
     Raises:
         ConfigurationError: the project does not parse.
+    """
+    with without_server(settings, target) as arguments:
+        _invoke(["parse", *arguments])
+    return target / "manifest.json"
+
+
+@contextlib.contextmanager
+def without_server(settings: Settings, target: Path) -> Iterator[list[str]]:
+    """dbt's environment for commands that ask no server; gives the arguments that keep dbt's files in `target`.
+
+    Where no profiles.yml was made yet, its example serves.
     """
     named = database_name(settings)
     target.mkdir(parents=True, exist_ok=True)
@@ -198,8 +207,16 @@ def parse(settings: Settings, target: Path) -> Path:
             profiles_dir = Path(folder)
             shutil.copyfile(settings.project_dir / "profiles.yml.example", profiles_dir / "profiles.yml")
         with _dbt_environment(settings, profiles_dir, {"WAREHOUSE_DB_NAME": named} if named else {}):
-            _invoke(["parse", "--target-path", str(target), "--log-path", str(target), "--log-level", "none"])
-    return target / "manifest.json"
+            yield ["--target-path", str(target), "--log-path", str(target), "--log-level", "none"]
+
+
+def invoke(arguments: Sequence[str], project: Any = None) -> Any:
+    """One dbt command in the environment that stands, for `without_server`.
+
+    Raises:
+        ConfigurationError: dbt could not run at all.
+    """
+    return _invoke(arguments, project=project)
 
 
 def _invoke(arguments: Sequence[str], on_node: OnNode | None = None, project: Any = None, *, dsn: str = "") -> Any:

@@ -1,7 +1,8 @@
 """Everything that can be checked without running the product's tests: `make lint`.
 
-ruff, format, types, dbt parse without deprecations, sqlfluff, Dagster's own validation. sqlfluff's dbt templater
-compiles models, which ask the database for their high-water mark: it gets the embedded Postgres, empty.
+ruff, format, types, dbt parse without deprecations, sqlfluff, lineage and its personal-data policy, Dagster's own
+validation. sqlfluff's dbt templater compiles models, which ask the database for their high-water mark: it gets the
+embedded Postgres, empty.
 """
 
 import os
@@ -25,6 +26,7 @@ CHECKS = {
     "types": ["mypy"],
     "dbt parse": ["dbt", "parse", "--no-partial-parse", "--show-all-deprecations", "--warn-error"],
     "sqlfluff": ["sqlfluff", "lint", "--disable-progress-bar", "models", "macros", "tests/dbt"],
+    "lineage": ["warehouse", "lineage", "check"],
     "dagster": ["dagster", "definitions", "validate"],
 }
 

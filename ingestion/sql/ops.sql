@@ -102,3 +102,9 @@ create table if not exists ops.queue_depths (
     primary key (measured_at, feed)
 );
 create index if not exists queue_depths__feed on ops.queue_depths (feed, measured_at desc);
+-- The key of the tokens in the marts: see ingestion/tokens.py. One row; whoever reads it can make tokens.
+create table if not exists ops.token_key (
+    is_only boolean primary key default true check (is_only),
+    inner_pad bytea not null,
+    outer_pad bytea not null
+);

@@ -31,8 +31,7 @@ joined as (
 
 final as (
     select
-        {{ surrogate_key(['user_id']) }} as user_key,
-        user_id,
+        {{ token('user_id') }} as user_key,
         country_code,
 
         signed_up_at,

@@ -23,9 +23,8 @@ with transactions as (
 final as (
     select
         transaction_id,
-        {{ surrogate_key(['user_id']) }} as user_key,
+        {{ token('user_id') }} as user_key,
         {{ surrogate_key(['merchant_id']) }} as merchant_key,
-        user_id,
         merchant_id,
         currency_code,
         country_code,
