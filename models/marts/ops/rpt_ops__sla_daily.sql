@@ -37,7 +37,7 @@ blamed as (
         measured_date as day,
         case when hop like '%.%' then 'feed' else 'step' end as pipeline_kind,
         case when hop like '%.%' then hop else 'build' end as pipeline,
-        state_before is distinct from 'error' as begins
+        coalesce(state_before, '') <> 'error' as begins
     from measured
     where state = 'error'
 ),
