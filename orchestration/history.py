@@ -93,9 +93,12 @@ class Run:
         rows = []
         for node in nodes:
             kind, _, rest = node.node.partition(".")
-            if kind in ("model", "seed", "snapshot") or node.status not in ("pass", "success"):
+            is_built = kind in ("model", "seed", "snapshot")
+            if is_built or (kind in ("test", "unit_test") and node.status not in ("pass", "skipped")):
                 name = rest.partition(".")[2] or rest
-                rows.append((self.run_id, kind, name, node.status, node.seconds, node.rows, node.failures, self.now()))
+                # Of a view Postgres says -1.
+                written = node.rows if node.rows is not None and node.rows >= 0 else None
+                rows.append((self.run_id, kind, name, node.status, node.seconds, written, node.failures, self.now()))
         if not rows:
             return
         try:
