@@ -129,7 +129,7 @@ def build_dbt_assets(manifest: Manifest) -> dg.AssetsDefinition:
         failure: WarehouseError | None = None
         reporter = LogReporter(context)
         arguments = _selection(definition, manifest, context.selected_asset_keys, context.selected_asset_check_keys)
-        command = "build"
+        command, whole = "build", not arguments
         if FULL_TESTS_TAG in context.run.tags:
             # A build would skip what stands on a table that failed.
             command, arguments = "test", [*arguments, "--vars", "full_tests: true"]
@@ -142,7 +142,7 @@ def build_dbt_assets(manifest: Manifest) -> dg.AssetsDefinition:
                 report = transform.run_build(
                     settings, arguments, lambda _n, _s, done, due: task.update(done, due), command
                 )
-                run.record_nodes(report.nodes)
+                run.record_nodes(report.nodes, whole=whole)
                 transform.require_built(report, command)
         except WarehouseError as error:
             failure = error

@@ -185,7 +185,7 @@ def _run_layers(
             report.build = transform.run_build(
                 settings, on_node=lambda _n, _s, done, due: task.update(done, due), project=project
             )
-            run.record_nodes(report.build.nodes)
+            run.record_nodes(report.build.nodes, whole=True)
             transform.require_built(report.build)
             note_standing(connection, inputs, report.build)
     reporter.line(describe_build(report.build))
