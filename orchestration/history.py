@@ -125,7 +125,8 @@ class Run:
         passed = [(kind, name) for kind, name, status in seen if status not in (*FAILED, "skipped")]
         self._execute(
             "delete from ops.failing_nodes as f "
-            "where (f.kind, f.node) in (select * from unnest(%s::text[], %s::text[])) or (%s and f.kind = any(%s) and (f.kind, f.node) not in (select * from unnest(%s::text[], %s::text[])))",
+            "where (f.kind, f.node) in (select * from unnest(%s::text[], %s::text[])) or (%s and f.kind = any(%s) "
+            "and (f.kind, f.node) not in (select * from unnest(%s::text[], %s::text[])))",
             (
                 [kind for kind, _ in passed],
                 [name for _, name in passed],
