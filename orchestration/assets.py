@@ -282,7 +282,8 @@ def build_dbt_assets(manifest: Manifest) -> dg.AssetsDefinition:
             with session.attempt(command) as (settings, run), run.step(command):
                 report = _run_dbt(settings, reporter, command, selection, before)
                 session.stands = report.stands_since is not None
-                run.record_nodes(report.nodes)
+                if not session.stands:
+                    run.record_nodes(report.nodes, whole=not selection)
                 transform.require_built(report, command)
         except WarehouseError as error:
             failure = error

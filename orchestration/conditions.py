@@ -161,7 +161,7 @@ class _Last:
     command: str
     trigger: str
     code_version: str
-    nodes: list[str]
+    node: str = ""
 
 
 # Each (step, feed) by a walk from one to the next in the index, and its last outcome: the history may be long. A step
@@ -178,11 +178,7 @@ with recursive units as (
 )
 select
     l.step, l.feed, l.outcome, coalesce(l.error_class, ''), coalesce(l.message, ''), l.finished_at,
-    l.run_id, l.command, l.trigger, l.code_version,
-    case when l.step in ('build', 'test') then array(
-        select n.kind || ' ' || n.node from ops.run_nodes as n
-        where n.run_id = l.run_id and n.status in ('fail', 'error', 'runtime error') order by 1
-    ) else '{}' end
+    l.run_id, l.command, l.trigger, l.code_version
 from units as u cross join lateral (
     select s.*, r.command, r.trigger, r.code_version
     from ops.run_steps as s inner join ops.runs as r on s.run_id = r.run_id
@@ -193,8 +189,22 @@ from units as u cross join lateral (
         and r.command <> all(%s)
     order by s.finished_at desc limit 1
 ) as l
-where l.outcome = 'failed'
+where
+    l.outcome = 'failed'
+    and not exists (
+        select from ops.run_nodes as n where n.run_id = l.run_id and n.status in ('fail', 'error', 'runtime error')
+    )
 order by l.finished_at
+"""
+
+# What fails in dbt's project: a build of another part of it does not end that.
+_FAILING_NODES = """
+select
+    'build', '', 'failed', 'data', '', f.failed_at,
+    f.run_id, coalesce(r.command, ''), coalesce(r.trigger, ''), coalesce(r.code_version, ''), f.kind || ' ' || f.node
+from ops.failing_nodes as f left join ops.runs as r on f.run_id = r.run_id
+where coalesce(r.outcome, '') <> 'running'
+order by f.failed_at, f.kind, f.node
 """
 
 # Runs that failed outside of any step, by command.
@@ -208,7 +218,7 @@ with recursive commands as (
 )
 select
     '', '', l.outcome, coalesce(l.error_class, ''), coalesce(l.message, ''), l.finished_at,
-    l.run_id, l.command, l.trigger, l.code_version, '{}'::text[]
+    l.run_id, l.command, l.trigger, l.code_version
 from commands as c cross join lateral (
     select r.* from ops.runs as r
     where
@@ -235,6 +245,11 @@ def _find_failures(cursor: Cursor, feeds: Sequence[FeedSpec], explained: set[str
         if _is_explained(last, explained):
             continue
         groups.setdefault(_group(last, declared), []).append(last)
+    cursor.execute(_FAILING_NODES)
+    nodes = [_Last(*row) for row in cursor.fetchall()]
+    of_reconciliation = all(one.node.startswith("test audit_reconciliation") for one in nodes)
+    if nodes and not (of_reconciliation and any(key.startswith(f"{Kind.RECONCILIATION}/") for key in explained)):
+        groups[f"{Kind.RUN_FAILED}/models"] = nodes
     cursor.execute(_LAST_RUNS, (list(ATTENDED),))
     for last in [_Last(*row) for row in cursor.fetchall()]:
         groups.setdefault(f"{Kind.RUN_FAILED}/{last.command}", []).append(last)
@@ -244,12 +259,7 @@ def _find_failures(cursor: Cursor, feeds: Sequence[FeedSpec], explained: set[str
 def _is_explained(last: _Last, explained: set[str]) -> bool:
     if last.error_class == ErrorClass.LOSS:
         return f"{Kind.LOSS}/{last.feed}" in explained
-    if last.error_class != ErrorClass.DATA:
-        return False
-    if last.feed:
-        return f"{Kind.DEAD_LETTERS}/{last.feed}" in explained
-    of_reconciliation = bool(last.nodes) and all(name.startswith("test audit_reconciliation") for name in last.nodes)
-    return of_reconciliation and any(key.startswith(f"{Kind.RECONCILIATION}/") for key in explained)
+    return last.error_class == ErrorClass.DATA and f"{Kind.DEAD_LETTERS}/{last.feed}" in explained
 
 
 def _group(last: _Last, declared: Mapping[str, FeedSpec]) -> str:
@@ -264,11 +274,11 @@ def _group(last: _Last, declared: Mapping[str, FeedSpec]) -> str:
 def _to_failure(key: str, lasts: Sequence[_Last]) -> Condition:
     newest = lasts[-1]
     feeds = sorted(one.feed for one in lasts if one.feed)
-    nodes = newest.nodes
+    nodes = sorted(one.node for one in lasts if one.node)
     what = f"{newest.step or newest.command} of {_some(feeds)}" if feeds else newest.step or newest.command
     summary = f"{what} failed: {newest.error_class or 'failed'}"
     if nodes:
-        summary = f"{what} failed: {_some(nodes, 3)}"
+        summary = f"build failed: {_some(nodes, 3)}"
     details: dict[str, Any] = {
         "error_class": newest.error_class,
         "command": newest.command,

@@ -32,6 +32,8 @@ Clock = Callable[[], datetime]
 HEARTBEAT_S = 15.0
 # A run that was silent for so long is over: its process was killed, or lost the database for good.
 ABANDONED_AFTER = timedelta(minutes=5)
+# dbt's words for what did not pass.
+FAILED = ("fail", "error", "runtime error")
 RETENTION_SETTING = "WAREHOUSE_HISTORY_DAYS"
 RETENTION_DAYS = 400.0
 
@@ -88,14 +90,18 @@ class Run:
             (self.now(), self.run_id),
         )
 
-    def record_nodes(self, nodes: "Sequence[NodeResult]") -> None:
-        """What became of the models and seeds of a build, and of the tests that did not pass. A second try replaces."""
+    def record_nodes(self, nodes: "Sequence[NodeResult]", *, whole: bool = False) -> None:
+        """What became of the models and seeds of a build, and of the tests that did not pass. A second try replaces.
+
+        Args:
+            whole: nothing was left out, so that what failed before and is not there has been taken away.
+        """
+        self._note_failing(nodes, whole)
         rows = []
         for node in nodes:
-            kind, _, rest = node.node.partition(".")
+            kind, name = node.node.partition(".")[0], _short_name(node)
             is_built = kind in ("model", "seed", "snapshot")
             if is_built or (kind in ("test", "unit_test") and node.status not in ("pass", "skipped")):
-                name = rest.partition(".")[2] or rest
                 # Of a view Postgres says -1.
                 written = node.rows if node.rows is not None and node.rows >= 0 else None
                 rows.append((self.run_id, kind, name, node.status, node.seconds, written, node.failures, self.now()))
@@ -116,8 +122,42 @@ class Run:
         except (psycopg2.OperationalError, psycopg2.InterfaceError):
             return
 
+    def _note_failing(self, nodes: "Sequence[NodeResult]", whole: bool) -> None:
+        """Keep ops.failing_nodes true: what failed is there until it has passed. Of what was skipped nothing is new."""
+        seen = [(node.node.partition(".")[0], _short_name(node), node.status) for node in nodes]
+        passed = [(kind, name) for kind, name, status in seen if status not in (*FAILED, "skipped")]
+        self._execute(
+            "delete from ops.failing_nodes as f "
+            "where (f.kind, f.node) in (select * from unnest(%s::text[], %s::text[])) or (%s and f.kind = any(%s) "
+            "and (f.kind, f.node) not in (select * from unnest(%s::text[], %s::text[])))",
+            (
+                [kind for kind, _ in passed],
+                [name for _, name in passed],
+                whole,
+                [kind for kind, _, _ in seen],
+                [kind for kind, _, _ in seen],
+                [name for _, name, _ in seen],
+            ),
+        )
+        failed = [one for one in seen if one[2] in FAILED]
+        if failed:
+            kinds, names, statuses = (list(column) for column in zip(*failed, strict=True))
+            self._execute(
+                "insert into ops.failing_nodes (kind, node, status, run_id, failed_at) "
+                "select f.kind, f.node, f.status, %s, coalesce(%s, clock_timestamp()) "
+                "from unnest(%s::text[], %s::text[], %s::text[]) as f (kind, node, status) on conflict (kind, node) "
+                "do update set status = excluded.status, run_id = excluded.run_id, failed_at = excluded.failed_at",
+                (self.run_id, self.now(), kinds, names, statuses),
+            )
+
     def _execute(self, statement: str, values: tuple[object, ...]) -> None:
         _execute(self.connection, statement, values)
+
+
+def _short_name(node: "NodeResult") -> str:
+    """A node's name without its kind and the project's name."""
+    rest = node.node.partition(".")[2]
+    return rest.partition(".")[2] or rest
 
 
 def _execute(connection: Connection, statement: str, values: tuple[object, ...]) -> None:

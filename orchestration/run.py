@@ -205,7 +205,7 @@ def _run_layers(
                 project=project,
                 on_retry=partial(announce_retry, reporter),
             )
-            run.record_nodes(report.build.nodes)
+            run.record_nodes(report.build.nodes, whole=True)
             transform.require_built(report.build)
             note_standing(connection, inputs, report.build)
     reporter.line(describe_build(report.build))

@@ -11,7 +11,7 @@ each look, and somebody else's watch notices that it stopped.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -183,7 +183,7 @@ def describe(seen: Tick) -> list[str]:
     ]
 
 
-def watch(settings: Settings, every_s: float, reporter: Reporter) -> None:
+def watch(settings: Settings, every_s: float, reporter: Reporter, sleep: Callable[[float], None] = time.sleep) -> None:
     """A look every so often, until interrupted. A database that is away is asked again at the next one."""
     # Imported here: orchestration.run ends its runs with a look.
     from orchestration.run import prepare
@@ -210,7 +210,7 @@ def watch(settings: Settings, every_s: float, reporter: Reporter) -> None:
             if line not in told:
                 reporter.line(line)
         told = lines
-        time.sleep(max(every_s - (time.monotonic() - started), 0.0))
+        sleep(max(every_s - (time.monotonic() - started), 0.0))
 
 
 def send_test(

@@ -51,6 +51,16 @@ create table if not exists ops.alert_receivers (
     delivered_at timestamptz
 );
 
+-- What of dbt's project failed when it was built or tested last, whoever did it and with which part of the project.
+create table if not exists ops.failing_nodes (
+    kind text not null,
+    node text not null,
+    status text not null,
+    run_id text not null,
+    failed_at timestamptz not null,
+    primary key (kind, node)
+);
+
 -- The last outcome of each step, and of each command.
 do $columns$
 begin
