@@ -3,7 +3,8 @@
 # May be run again at any time: what exists stays as it is.
 #
 #   docker/up.sh                       everything
-#   docker/up.sh --without-dagster     servers only, for work with `warehouse run` on this machine
+#   docker/up.sh --without-dagster     servers only, for work with `warehouse run` on this machine; neither what
+#                                      watches them
 #
 # Topics are those that the feeds declare (models/staging/*/_*__sources.yml); a test compares the two.
 set -euo pipefail
@@ -14,6 +15,7 @@ wait_seconds=300
 
 servers=(kafka schema-registry postgres minio)
 dagster=(dagster-code dagster-webserver dagster-daemon)
+watching=(metrics prometheus grafana)
 topics=(payments_transaction_created user_events)
 partitions=6
 buckets=(warehouse-landing warehouse-archive)
@@ -73,6 +75,7 @@ if [[ "$with_dagster" == yes ]]; then
     revision="$(git -C "$root" rev-parse --short=12 HEAD 2>/dev/null || echo unknown)"
     compose build --build-arg WAREHOUSE_CODE_VERSION="$revision" dagster-code
     start "${dagster[@]}"
+    start "${watching[@]}"
 fi
 
 printf '\nThe stack is up:\n'
@@ -82,6 +85,9 @@ printf '  %-16s %s\n' \
     Postgres "$(compose port postgres 5432), database warehouse, role warehouse" \
     MinIO "http://$(compose port minio 9000), console http://$(compose port minio 9001)"
 if [[ "$with_dagster" == yes ]]; then
-    printf '  %-16s %s\n' Dagster "http://$(compose port dagster-webserver 3000)"
+    printf '  %-16s %s\n' \
+        Dagster "http://$(compose port dagster-webserver 3000)" \
+        Prometheus "http://$(compose port prometheus 9090)" \
+        Grafana "http://$(compose port grafana 3000), user admin, password STACK_GRAFANA_PASSWORD of .env"
 fi
 printf 'To use it from this machine, uncomment WAREHOUSE_DSN and KAFKA_BOOTSTRAP_SERVERS in .env.\n'

@@ -120,6 +120,7 @@ def ensure_schema(connection: Connection, feeds: Sequence[FeedSpec]) -> None:
         # Two first runs at once would race on CREATE ... IF NOT EXISTS, which is not atomic in Postgres.
         cursor.execute("select pg_advisory_xact_lock(hashtext('payments-warehouse ddl'))")
         cursor.execute(_script("ops.sql"))
+        cursor.execute(_script("alerts.sql"))
         # Also of sources nobody declares any more: the views are over all there are.
         sources = sorted({feed.source for feed in feeds} | set(_find_sources(cursor)))
         for source in sources:

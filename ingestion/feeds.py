@@ -102,6 +102,8 @@ class KafkaOrigin:
 
     topic: str
     format: Literal["json"]
+    # Whether a partition may rest while the others flow: then the newest of them tells the age, and not the oldest.
+    idle_partitions: Literal["late", "normal"] = "late"
 
     kind: Literal["kafka"] = "kafka"
 
@@ -466,13 +468,23 @@ def _parse_budget(declaration: _Declaration, feed: _Located, label: str) -> Dead
 def _parse_origin(declaration: _Declaration, feed: _Located, label: str, columns: set[str]) -> KafkaOrigin | RestOrigin:
     kind = declaration.take(feed, "kind", str, label)
     if kind == "kafka":
-        declaration.only(feed, ("kind", "topic", "format", "dead_letter_budget", "ingest_when"), label)
+        known = ("kind", "topic", "format", "idle_partitions", "dead_letter_budget", "ingest_when")
+        declaration.only(feed, known, label)
         format_ = declaration.take(feed, "format", str, label, default="json")
         if format_ != "json":
             raise declaration.error(
                 feed.key_lines["format"], f"{label}: format `{format_}` is not known; there is json"
             )
-        return KafkaOrigin(topic=declaration.take(feed, "topic", str, label), format="json")
+        idle = declaration.take(feed, "idle_partitions", str, label, default="late")
+        if idle not in ("late", "normal"):
+            raise declaration.error(
+                feed.key_lines["idle_partitions"], f"{label}: `idle_partitions` is late or normal, not `{idle}`"
+            )
+        return KafkaOrigin(
+            topic=declaration.take(feed, "topic", str, label),
+            format="json",
+            idle_partitions="normal" if idle == "normal" else "late",
+        )
     if kind == "rest":
         declaration.only(
             feed,

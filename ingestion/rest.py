@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 import msgspec
@@ -30,7 +29,7 @@ from requests.adapters import HTTPAdapter
 from ingestion.errors import AuthenticationError, ConfigurationError, TransientError, WarehouseError
 from ingestion.feeds import FeedSpec, RecordsSpec, RestOrigin
 from ingestion.load import DLT_DEFAULTS
-from ingestion.retry import policy_of, retrying
+from ingestion.retry import parse_retry_after, policy_of, retrying
 from ingestion.settings import Settings
 
 REQUEST_TIMEOUT_S = 30
@@ -326,19 +325,6 @@ class _ExactAdapter(HTTPAdapter):
 
         response.json = parse  # type: ignore[method-assign]
         return response
-
-
-def parse_retry_after(text: str | None) -> float | None:
-    """Seconds of a Retry-After header (RFC 9110: seconds, or a date); None for none and for what is neither."""
-    if text is None:
-        return None
-    if text.strip().isdecimal():
-        return float(text)
-    try:
-        when = parsedate_to_datetime(text)
-    except ValueError:
-        return None
-    return max((when.replace(tzinfo=when.tzinfo or dt.UTC) - dt.datetime.now(dt.UTC)).total_seconds(), 0)
 
 
 def parse_page(content: bytes) -> Any:

@@ -4,10 +4,12 @@ Only transient errors are tried again. A configuration, a refusal or bad data st
 Full jitter (a delay drawn from zero up to the backoff) keeps many runners from coming back at the same moment.
 """
 
+import datetime as dt
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
 from ingestion.errors import TransientError
@@ -66,3 +68,16 @@ def retrying(
                 raise
             on_retry(error, delay)
             sleep(delay)
+
+
+def parse_retry_after(text: str | None) -> float | None:
+    """Seconds of a Retry-After header (RFC 9110: seconds, or a date); None for none and for what is neither."""
+    if text is None:
+        return None
+    if text.strip().isdecimal():
+        return float(text)
+    try:
+        when = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    return max((when.replace(tzinfo=when.tzinfo or dt.UTC) - dt.datetime.now(dt.UTC)).total_seconds(), 0)

@@ -280,6 +280,7 @@ def build_dbt_assets(manifest: Manifest) -> dg.AssetsDefinition:
         try:
             with session.attempt(command) as (settings, run), run.step(command):
                 report = _run_dbt(settings, reporter, command, selection, before)
+                run.record_nodes(report.nodes)
                 session.stands = report.stands_since is not None
                 transform.require_built(report, command)
         except WarehouseError as error:

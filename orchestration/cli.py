@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ingestion.errors import ConfigurationError, ErrorClass, WarehouseError
+from orchestration.cli_alerts import alerts_app, watch_command
 from orchestration.cli_backfill import backfill_command
 from orchestration.cli_base import AsJson, Quiet, with_connection
 from orchestration.cli_base import make_reporter as _reporter
@@ -20,6 +21,7 @@ from orchestration.cli_base import print_json as _print_json
 from orchestration.cli_base import project_settings as _settings
 from orchestration.cli_base import services_running as _services
 from orchestration.cli_replay import dead_letters_app, replay_window_command
+from orchestration.cli_service_level import ages_command, metrics_command, report_command
 
 if TYPE_CHECKING:
     from ingestion.feeds import FeedSpec
@@ -59,6 +61,7 @@ services_app = typer.Typer(no_args_is_help=True, help="The embedded Postgres, br
 app.add_typer(feeds_app, name="feeds")
 app.add_typer(services_app, name="services")
 app.add_typer(dead_letters_app, name="dead-letters")
+app.add_typer(alerts_app, name="alerts")
 
 Seed = Annotated[int, typer.Option(help="Same seed, same bytes.")]
 BadShare = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of known-bad records.")]
@@ -204,6 +207,7 @@ def ingest(
     from orchestration.history import recorded_run
     from orchestration.run import RunReport, prepare
     from orchestration.run import ingest as ingest_feeds
+    from orchestration.watch import watched
 
     chosen = select_declared([*(feeds or []), *([feed] if feed else [])])
     if from_files is not None:
@@ -213,10 +217,12 @@ def ingest(
         prepare(settings)
         connection = connect(settings, purpose="ingest")
         try:
-            with recorded_run(connection, "ingest", "manual", settings.project_dir) as recorded:
-                ingest_feeds(
-                    settings, chosen, recorded, _reporter(quiet), report, take_over=take_over, folder=from_files
-                )
+            reporter = _reporter(quiet)
+            with (
+                watched(settings, connection, reporter),
+                recorded_run(connection, "ingest", "manual", settings.project_dir) as recorded,
+            ):
+                ingest_feeds(settings, chosen, recorded, reporter, report, take_over=take_over, folder=from_files)
         finally:
             connection.close()
             # Also of a run that failed over its budget or a loss: what it landed has landed.
@@ -298,6 +304,7 @@ def sample(
 
 app.command("replay")(replay_window_command)
 app.command("backfill")(backfill_command)
+app.command("watch")(watch_command)
 
 
 @app.command()
@@ -320,6 +327,11 @@ def status(as_json: AsJson = False) -> None:
     if found.problem is not None:
         # What is known was shown.
         raise found.problem
+
+
+app.command("ages")(ages_command)
+app.command("report")(report_command)
+app.command("metrics")(metrics_command)
 
 
 @feeds_app.callback(invoke_without_command=True)

@@ -26,12 +26,16 @@ EVENTS_PER_SECOND = 10.0
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What the demo did and shows. `stored`: per feed the rows and dead letters counted in the tables afterwards."""
+    """What the demo did and shows.
+
+    `stored`: per feed the rows and dead letters counted in the tables afterwards. `page`: the report.
+    """
 
     sent: Mapping[str, int]
     run: RunReport
     stored: Mapping[str, tuple[int, int]]
     revenue: list[tuple[Any, ...]]
+    page: Path
 
 
 def run_demo(settings: Settings, reporter: Reporter, *, records: int, seed: int, bad_share: float) -> DemoReport:
@@ -55,7 +59,12 @@ def run_demo(settings: Settings, reporter: Reporter, *, records: int, seed: int,
             settings, reporter, feed, records=count, seed=seed, bad_share=bad_share, start=start, days=DEMO_DAYS
         )
     report = run_all(settings, reporter, command="demo", trigger="demo")
-    return DemoReport(sent, report, _count_stored(settings, report), _fetch_revenue(settings))
+    # Imported here: matplotlib is the demo's and the report's alone.
+    from orchestration.report import write_report
+
+    with reporter.task("report"):
+        page = write_report(settings)
+    return DemoReport(sent, report, _count_stored(settings, report), _fetch_revenue(settings), page)
 
 
 def send_sample(
@@ -188,8 +197,9 @@ def render_demo(report: DemoReport, feeds: list[FeedSpec]) -> str:
             ),
             "",
             f"Lineage, models and columns: {quoted_file_url(run.docs)}",
+            f"Age of the data, runs and queues: {quoted_file_url(report.page)}",
             "",
             "The broker of the demo forgets its messages when it stops; the warehouse keeps what landed.",
-            "Next, in .venv/bin: warehouse status | warehouse dead-letters list | warehouse services start",
+            "Next, in .venv/bin: warehouse status | warehouse ages | warehouse dead-letters list",
         ]
     )

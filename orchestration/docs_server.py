@@ -1,4 +1,4 @@
-"""Serves the lineage page on 127.0.0.1, for a machine whose browser cannot open files of this one.
+"""Serves the lineage page and the report on 127.0.0.1, for a machine whose browser cannot open files of this one.
 
 target/static_index.html -> http://127.0.0.1:<port>/static_index.html. Refuses a port that is taken.
 """
@@ -12,7 +12,9 @@ from socketserver import TCPServer
 from ingestion.errors import ConfigurationError
 
 
-class _Server(ThreadingHTTPServer):
+class PageServer(ThreadingHTTPServer):
+    """A server of pages that are made or read on request."""
+
     def server_bind(self) -> None:
         # HTTPServer's own looks the host's name up, which hangs where no name server answers.
         TCPServer.server_bind(self)
@@ -27,7 +29,7 @@ def serve_page(page: Path, port: int) -> None:
     """
     handler = partial(SimpleHTTPRequestHandler, directory=str(page.parent))
     try:
-        server = _Server(("127.0.0.1", port), handler)
+        server = PageServer(("127.0.0.1", port), handler)
     except OSError as error:
         raise ConfigurationError(
             f"Port {port} of 127.0.0.1 cannot be used: {error.strerror}.", hint="`--port 0` takes a free one."

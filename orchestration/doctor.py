@@ -47,6 +47,7 @@ def examine(settings: Settings) -> list[Check]:
     with ThreadPoolExecutor(max_workers=max(len(feeds), 1)) as pool:
         checks.extend(pool.map(lambda feed: _check_source(settings, feed), feeds))
     checks.append(_attempt("dbt profile", lambda: _examine_profile(settings)))
+    checks.extend(_check_alerts(settings))
     return checks
 
 
@@ -66,6 +67,42 @@ def _attempt(name: str, examine_: Callable[[], str]) -> Check:
         if named is None:
             raise
         return Check(name, False, named.message, named.hint)
+
+
+def _check_alerts(settings: Settings) -> list[Check]:
+    """The receivers of alerts: their settings, and what they answered last. Nothing is sent."""
+    from orchestration.receivers import find_heartbeat, find_receivers, hint_of
+
+    receivers, wrong = find_receivers(settings)
+    checks = [Check("alerts", False, error.message, error.hint) for error in wrong]
+    checks.append(
+        _attempt("alerts heartbeat", lambda: heartbeat.host if (heartbeat := find_heartbeat(settings)) else "not set")
+    )
+    refusals = _fetch_refusals(settings)
+    for receiver in receivers:
+        name = f"alerts to {receiver.name}"
+        # Other settings than those that were refused are not judged before they were tried.
+        problem = refusals.get((receiver.name, receiver.digest))
+        checks.append(Check(name, problem is None, problem or receiver.host, hint_of(receiver.name) if problem else ""))
+    if not receivers and not wrong:
+        checks.append(Check("alerts", True, "nobody is told: no WAREHOUSE_ALERT_ setting names a receiver"))
+    return checks
+
+
+def _fetch_refusals(settings: Settings) -> dict[tuple[str, str], str]:
+    """(receiver, digest of its settings) -> what it refused last; nothing where the database does not say."""
+    try:
+        connection = connect(settings, purpose="doctor")
+    except WarehouseError:
+        return {}
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute("select receiver, configuration, problem from ops.alert_receivers where is_refusing")
+            return {(receiver, digest): problem for receiver, digest, problem in cursor.fetchall()}
+    except psycopg2.Error:
+        return {}  # no command has made the tables yet
+    finally:
+        connection.close()
 
 
 def _check_disk(settings: Settings) -> Check:

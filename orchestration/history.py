@@ -1,22 +1,39 @@
 """Run history: who ran what, when, with which outcome, in the warehouse itself (schema `ops`).
 
 Written by whoever runs, the command line or Dagster, through the same context managers. A run without work leaves its
-row too: source freshness is the last success of a feed's step.
+row too: source freshness is the last success of a feed's step. While it works a thread renews its heartbeat; a run
+whose heartbeat stopped is closed as failed by the next one. Whoever runs cuts off what is older than the retention.
 """
 
 import os
 import subprocess
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psycopg2.extensions
+from psycopg2.extras import execute_values
 
 from ingestion.errors import ErrorClass, WarehouseError
+from ingestion.settings import Settings
+
+if TYPE_CHECKING:
+    from orchestration.transform import NodeResult
 
 Connection = psycopg2.extensions.connection
+# What time it is; None leaves it to the database, whose clock all runners share.
+Clock = Callable[[], datetime]
+
+HEARTBEAT_S = 15.0
+# A run that was silent for so long is over: its process was killed, or lost the database for good.
+ABANDONED_AFTER = timedelta(minutes=5)
+RETENTION_SETTING = "WAREHOUSE_HISTORY_DAYS"
+RETENTION_DAYS = 400.0
 
 
 @dataclass
@@ -25,6 +42,7 @@ class Step:
 
     rows: int | None = None
     dead: int | None = None
+    offered: int | None = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +51,10 @@ class Run:
 
     run_id: str
     connection: Connection
+    clock: Clock | None = None
+
+    def now(self) -> datetime | None:
+        return self.clock() if self.clock else None
 
     @contextmanager
     def step(self, name: str, feed: str = "") -> Iterator[Step]:
@@ -40,9 +62,9 @@ class Run:
         step = Step()
         self._execute(
             "insert into ops.run_steps (run_id, step, feed, started_at, outcome) "
-            "values (%s, %s, %s, clock_timestamp(), 'running') "
+            "values (%s, %s, %s, coalesce(%s, clock_timestamp()), 'running') "
             "on conflict (run_id, step, feed) do update set started_at = excluded.started_at, outcome = 'running'",
-            (self.run_id, name, feed),
+            (self.run_id, name, feed, self.now()),
         )
         outcome: tuple[str, str | None, str | None] = ("success", None, None)
         try:
@@ -52,11 +74,44 @@ class Run:
             raise
         finally:
             self._execute(
-                "update ops.run_steps set finished_at = clock_timestamp(), outcome = %s, error_class = %s, "
-                "message = %s, rows = %s, dead = %s where (run_id, step, feed) = (%s, %s, %s)",
-                (*outcome, step.rows, step.dead, self.run_id, name, feed),
+                "update ops.run_steps set finished_at = coalesce(%s, clock_timestamp()), outcome = %s, "
+                "error_class = %s, message = %s, rows = %s, dead = %s, offered = %s "
+                "where (run_id, step, feed) = (%s, %s, %s)",
+                (self.now(), *outcome, step.rows, step.dead, step.offered, self.run_id, name, feed),
             )
-            self._execute("update ops.runs set heartbeat_at = clock_timestamp() where run_id = %s", (self.run_id,))
+            self.beat()
+
+    def beat(self) -> None:
+        """The run is alive."""
+        self._execute(
+            "update ops.runs set heartbeat_at = coalesce(%s, clock_timestamp()) where run_id = %s",
+            (self.now(), self.run_id),
+        )
+
+    def record_nodes(self, nodes: "Sequence[NodeResult]") -> None:
+        """What became of the models and seeds of a build, and of the tests that did not pass. A second try replaces."""
+        rows = []
+        for node in nodes:
+            kind, _, rest = node.node.partition(".")
+            if kind in ("model", "seed", "snapshot") or node.status not in ("pass", "success"):
+                name = rest.partition(".")[2] or rest
+                rows.append((self.run_id, kind, name, node.status, node.seconds, node.rows, node.failures, self.now()))
+        if not rows:
+            return
+        try:
+            with self.connection.cursor() as cursor:
+                execute_values(
+                    cursor,
+                    "insert into ops.run_nodes (run_id, kind, node, status, seconds, rows, failures, finished_at) "
+                    "values %s on conflict (run_id, kind, node) do update set status = excluded.status, "
+                    "seconds = excluded.seconds, rows = excluded.rows, failures = excluded.failures, "
+                    "finished_at = excluded.finished_at",
+                    rows,
+                    template="(%s, %s, %s, %s, %s, %s, %s, coalesce(%s, clock_timestamp()))",
+                    page_size=len(rows),
+                )
+        except (psycopg2.OperationalError, psycopg2.InterfaceError):
+            return
 
     def _execute(self, statement: str, values: tuple[object, ...]) -> None:
         _execute(self.connection, statement, values)
@@ -73,33 +128,92 @@ def _execute(connection: Connection, statement: str, values: tuple[object, ...])
 
 
 @contextmanager
-def recorded_run(connection: Connection, command: str, trigger: str, project_dir: Path) -> Iterator[Run]:
-    """Record a run around a block. The connection is used for nothing else and set to autocommit.
+def recorded_run(
+    connection: Connection, command: str, trigger: str, project_dir: Path, *, clock: Clock | None = None
+) -> Iterator[Run]:
+    """Record a run around a block. The connection is in autocommit from here on, and shared with the heartbeat.
 
     Args:
         trigger: who asked: `manual`, `schedule`, `sensor`, `demo`.
+        clock: another clock than the database's.
     """
     connection.autocommit = True
-    run = Run(f"{uuid.uuid4()}", connection)
+    run = Run(f"{uuid.uuid4()}", connection, clock)
+    close_abandoned(connection, run.now())
     with connection.cursor() as cursor:
         cursor.execute(
             "insert into ops.runs (run_id, command, trigger, started_at, heartbeat_at, outcome, code_version) "
-            "values (%s, %s, %s, clock_timestamp(), clock_timestamp(), 'running', %s)",
-            (run.run_id, command, trigger, code_version(project_dir)),
+            "select %s, %s, %s, t.now, t.now, 'running', %s from (select coalesce(%s, clock_timestamp()) as now) as t",
+            (run.run_id, command, trigger, code_version(project_dir), run.now()),
         )
     outcome: tuple[str, str | None, str | None] = ("success", None, None)
     try:
-        yield run
+        with _beating(run):
+            yield run
     except BaseException as error:
         outcome = ("failed", error_class_of(error), _message_of(error))
         raise
     finally:
         _execute(
             connection,
-            "update ops.runs set finished_at = clock_timestamp(), heartbeat_at = clock_timestamp(), outcome = %s, "
-            "error_class = %s, message = %s where run_id = %s",
-            (*outcome, run.run_id),
+            "update ops.runs set finished_at = t.now, heartbeat_at = t.now, outcome = %s, error_class = %s, "
+            "message = %s from (select coalesce(%s, clock_timestamp()) as now) as t where run_id = %s",
+            (*outcome, run.now(), run.run_id),
         )
+
+
+@contextmanager
+def _beating(run: Run) -> Iterator[None]:
+    """Renew the run's heartbeat while the block works, whatever it waits for."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(HEARTBEAT_S):
+            run.beat()
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def close_abandoned(connection: Connection, now: datetime | None = None) -> None:
+    """Mark runs and their steps as failed whose heartbeat stopped: nobody is left to do it."""
+    _execute(
+        connection,
+        "with abandoned as ("
+        "  update ops.runs set outcome = 'failed', error_class = 'killed', message = 'no heartbeat any more', "
+        "  finished_at = heartbeat_at "
+        "  where outcome = 'running' and heartbeat_at < coalesce(%s, clock_timestamp()) - %s "
+        "  returning run_id, heartbeat_at"
+        ") update ops.run_steps as s set outcome = 'failed', error_class = 'killed', finished_at = a.heartbeat_at, "
+        "message = 'no heartbeat any more' from abandoned as a where s.run_id = a.run_id and s.outcome = 'running'",
+        (now, ABANDONED_AFTER),
+    )
+
+
+def retention_of(settings: Settings) -> timedelta:
+    """How long the history is kept."""
+    return timedelta(days=settings.number(RETENTION_SETTING, RETENTION_DAYS))
+
+
+def trim_history(connection: Connection, keep: timedelta, now: datetime | None = None) -> None:
+    """Remove what is older than `keep`: runs with their steps and models, what ticks measured, alerts
+    that were resolved. Commits."""
+    with connection, connection.cursor() as cursor:
+        for table, column in (
+            ("runs", "started_at"),
+            ("table_ages", "measured_at"),
+            ("queue_depths", "measured_at"),
+            ("incidents", "resolved_at"),
+        ):
+            # By an index, so that it costs nothing where there is nothing to do.
+            cursor.execute(
+                f"delete from ops.{table} where {column} < coalesce(%s, clock_timestamp()) - %s", (now, keep)
+            )
 
 
 def error_class_of(error: BaseException) -> str:

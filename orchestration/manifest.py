@@ -39,19 +39,38 @@ DEFAULT_PATHS = {
 KEPT = 4
 
 
+def has_manifest(settings: Settings) -> bool:
+    """Whether the manifest of the project as it stands is there without parsing."""
+    return _path(settings).exists()
+
+
 def load_manifest(settings: Settings) -> Manifest:
     """The manifest of the project as it stands.
 
     Raises:
         ConfigurationError: the project does not parse.
     """
-    folder = settings.home / "dbt"
-    path = folder / f"manifest-{fingerprint(settings)}.json"
+    path = _path(settings)
     try:
         return _read(path)
     except FileNotFoundError:
         _parse_to(settings, path)
     return _read(path)
+
+
+def keep_manifest(settings: Settings, project: Any) -> None:
+    """Keep what `transform.parse_project` has just parsed for the next reader, who then need not."""
+    path = _path(settings)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="parse-", dir=path.parent) as target:
+            project.write(f"{target}/{path.name}")
+            os.replace(f"{target}/{path.name}", path)
+        _clear_old(path.parent)
+
+
+def _path(settings: Settings) -> Path:
+    return settings.home / "dbt" / f"manifest-{fingerprint(settings)}.json"
 
 
 def fingerprint(settings: Settings) -> str:
@@ -90,7 +109,11 @@ def _parse_to(settings: Settings, path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="parse-", dir=path.parent) as target:
         # Two processes that find none both parse; the same bytes come out, and the last one stands.
         os.replace(transform.parse(settings, Path(target)), path)
-    for old in sorted(path.parent.glob("manifest-*.json"), key=_age)[KEPT:]:
+    _clear_old(path.parent)
+
+
+def _clear_old(folder: Path) -> None:
+    for old in sorted(folder.glob("manifest-*.json"), key=_age)[KEPT:]:
         old.unlink(missing_ok=True)
 
 

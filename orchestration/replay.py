@@ -181,9 +181,11 @@ def build_downstream(settings: Settings, replays: Sequence[Replay], run: Run, re
     with run.step("build"), reporter.task("dbt build") as task:
         forecast = forecast_days(settings, feeds)
         before = fetch_contents(settings, forecast)
-        report = transform.build(
-            settings, lambda _n, _s, done, due: task.update(done, due), select=select_downstream(feeds)
+        report = transform.run_build(
+            settings, on_node=lambda _n, _s, done, due: task.update(done, due), select=select_downstream(feeds)
         )
+        run.record_nodes(report.nodes)
+        transform.require_built(report)
         after = fetch_contents(settings, forecast)
     written = {node.node: node.rows for node in report.nodes}
     unforeseen = [

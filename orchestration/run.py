@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ingestion.database import connect
+from ingestion.database import Connection, connect
 from ingestion.ddl import ensure_schema
 from ingestion.errors import DataError, WarehouseError
 from ingestion.feeds import FeedSpec, load_feeds
@@ -17,8 +17,10 @@ from ingestion.retry import policy_of, retrying
 from ingestion.settings import Settings
 from orchestration import transform
 from orchestration.console import Reporter
-from orchestration.history import Run, recorded_run
+from orchestration.history import Run, recorded_run, retention_of, trim_history
+from orchestration.manifest import keep_manifest
 from orchestration.standing import find_standing, note_standing, take_inputs
+from orchestration.watch import watched
 
 if TYPE_CHECKING:
     from ingestion.landing import Landing
@@ -35,11 +37,15 @@ class RunReport:
 
 
 def prepare(settings: Settings) -> list[FeedSpec]:
-    """The declared feeds, with every table they need in place, so that plain dbt works before the first load."""
+    """The declared feeds, with every table they need in place, so that plain dbt works before the first load.
+
+    The run history is cut off at its retention.
+    """
     feeds = load_feeds(settings)
     connection = connect(settings, purpose="prepare")
     try:
         ensure_schema(connection, feeds)
+        trim_history(connection, retention_of(settings))
     finally:
         connection.close()
     transform.ensure_profiles(settings)
@@ -89,7 +95,7 @@ def ingest(
                         on_retry=lambda error, delay: reporter.line(f"{error.message} Trying again in {delay:.1f} s."),
                     )
                 finally:
-                    step.rows, step.dead = landing.landed, landing.dead
+                    step.rows, step.dead, step.offered = landing.landed, landing.dead, landing.offered
                 report.landings.append(landing)
                 if landing.open_losses:
                     raise loss_error(feed.name, landing.open_losses)
@@ -150,25 +156,45 @@ def run_all(settings: Settings, reporter: Reporter, *, command: str = "run", tri
     report = RunReport()
     connection = connect(settings, purpose=command)
     try:
-        with recorded_run(connection, command, trigger, settings.project_dir) as run:
-            ingest(settings, feeds, run, reporter, report)
-            with run.step("build"), reporter.task("dbt build") as task:
-                inputs = take_inputs(settings, connection)
-                report.build = find_standing(connection, inputs)
-                project = None
-                if report.build is None:
-                    project = transform.parse_project(settings)
-                    report.build = transform.build(
-                        settings, on_node=lambda _n, _s, done, due: task.update(done, due), project=project
-                    )
-                    note_standing(connection, inputs, report.build)
-            reporter.line(describe_build(report.build))
-            with run.step("freshness"), reporter.task("dbt source freshness"):
-                report.freshness = transform.check_freshness(settings, project)
-            report.docs = transform.docs_page(settings)
-            if project is not None or not report.docs.is_file():
-                with run.step("docs"), reporter.task("dbt docs generate"):
-                    report.docs = transform.write_docs(settings, project)
+        with (
+            watched(settings, connection, reporter),
+            recorded_run(connection, command, trigger, settings.project_dir) as run,
+        ):
+            _run_layers(settings, feeds, connection, run, reporter, report)
     finally:
         connection.close()
     return report
+
+
+def _run_layers(
+    settings: Settings,
+    feeds: Sequence[FeedSpec],
+    connection: Connection,
+    run: Run,
+    reporter: Reporter,
+    report: RunReport,
+) -> None:
+    ingest(settings, feeds, run, reporter, report)
+    project = None
+    with run.step("build"), reporter.task("dbt build") as task:
+        inputs = take_inputs(settings, connection)
+        report.build = find_standing(connection, inputs)
+        if report.build is None:
+            project = transform.parse_project(settings)
+            keep_manifest(settings, project)
+            report.build = transform.run_build(
+                settings,
+                on_node=lambda _n, _s, done, due: task.update(done, due),
+                project=project,
+                on_retry=lambda error, delay: reporter.line(f"{error.message} Trying again in {delay:.1f} s."),
+            )
+            run.record_nodes(report.build.nodes)
+            transform.require_built(report.build)
+            note_standing(connection, inputs, report.build)
+    reporter.line(describe_build(report.build))
+    with run.step("freshness"), reporter.task("dbt source freshness"):
+        report.freshness = transform.check_freshness(settings, project)
+    report.docs = transform.docs_page(settings)
+    if project is not None or not report.docs.is_file():
+        with run.step("docs"), reporter.task("dbt docs generate"):
+            report.docs = transform.write_docs(settings, project)

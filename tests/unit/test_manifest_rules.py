@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from orchestration.ages import Lineage
+
 PROJECT = Path(__file__).parents[2]
 PACKAGE = "payments_warehouse"
 MAX_NAME = 50
@@ -134,14 +136,15 @@ def describes_every_source(manifest: Manifest) -> Iterator[str]:
 
 
 def keeps_marts_under_contract(manifest: Manifest) -> Iterator[str]:
-    """Enforced, public, with a primary key Postgres makes."""
+    """Enforced, public, with a primary key Postgres makes, which it cannot for a view."""
     for node in models(manifest, "marts"):
         if not node["contract"]["enforced"]:
             yield f"{node['name']}: no contract"
         if node["access"] != "public":
             yield f"{node['name']}: access is {node['access']}"
         constraints = [*node["constraints"], *(c for column in node["columns"].values() for c in column["constraints"])]
-        if not any(constraint["type"] == "primary_key" for constraint in constraints):
+        has_key = any(constraint["type"] == "primary_key" for constraint in constraints)
+        if not has_key and node["config"]["materialized"] != "view":
             yield f"{node['name']}: no primary key"
 
 
@@ -184,7 +187,8 @@ def names_files_by_what_they_hold(manifest: Manifest) -> Iterator[str]:
 
 
 def reads_sources_in_staging_only(manifest: Manifest) -> Iterator[str]:
-    """Staging reads the source of its folder, audit reads what it reconciles; feeds through `from_raw` alone."""
+    """Staging reads the source of its folder, audit what it reconciles, marts of ops the books; feeds go through
+    `from_raw` alone."""
     for node in models(manifest):
         sources = [
             manifest["sources"][parent] for parent in node["depends_on"]["nodes"] if parent.startswith("source.")
@@ -192,7 +196,8 @@ def reads_sources_in_staging_only(manifest: Manifest) -> Iterator[str]:
         for source in sources:
             name = f"{source['source_name']}.{source['name']}"
             own = layer(node) == "staging" and source["source_name"] == f"raw_{node['fqn'][2]}"
-            if not own and layer(node) != "audit":
+            books = node["fqn"][1:3] == ["marts", "ops"] and source["source_name"] == "ops"
+            if not own and not books and layer(node) != "audit":
                 yield f"{node['name']}: reads {name}"
             if "feed" in source["meta"] and f"macro.{PACKAGE}.from_raw" not in node["depends_on"]["macros"]:
                 yield f"{node['name']}: reads {name} past from_raw"
@@ -247,6 +252,15 @@ def names_its_day(manifest: Manifest) -> Iterator[str]:
             day = node["config"]["meta"].get("day_column", "not said")
             if day is not None and day not in node["columns"]:
                 yield f"{node['name']}: day_column is {day}"
+
+
+def gives_served_tables_a_budget(manifest: Manifest) -> Iterator[str]:
+    """How old a mart made of feeds may be, in a form that is understood: `warehouse ages` and the alerts."""
+    lineage = Lineage(manifest)
+    for unique_id in lineage.served:
+        budget = lineage.budget(unique_id)
+        if budget.warn_after is None or budget.error_after is None:
+            yield f"{lineage.name(unique_id)}: no warn_after or no error_after"
 
 
 def conserves_at_every_hop(manifest: Manifest) -> Iterator[str]:
@@ -362,6 +376,7 @@ RULES: dict[Rule, Callable[[Manifest], None]] = {
     takes_in_every_feed: break_feed,
     names_tests_by_what_they_check: break_test_name,
     names_its_day: set_in(REVENUE, "config", "meta", {}),
+    gives_served_tables_a_budget: set_in(REVENUE, "config", "meta", {"warn_after": {"count": 3, "period": "hour"}}),
     conserves_at_every_hop: lambda manifest: drop_tests(manifest, f"{REVENUE}__"),
     fails_rather_than_warns: break_severity,
     deduplicates_with_the_macro: set_in(REVENUE, "raw_code", "select row_number() over (order by a)"),
