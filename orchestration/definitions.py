@@ -13,6 +13,7 @@ dagster.yaml holds: no telemetry.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import dagster as dg
 
@@ -63,7 +64,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
     reconciliation = build_reconciliation_checks(feeds, manifest)
     everything = dg.AssetSelection.all() | dg.AssetSelection.all_asset_checks()
     polled = [feed for feed in feeds if not isinstance(feed.origin, KafkaOrigin)]
-    jobs = [
+    jobs: list[Any] = [
         dg.define_asset_job(
             JOB,
             selection=everything,

@@ -45,7 +45,7 @@ UNFINISHED = [
 ]
 
 
-def follow() -> dg.AutomationCondition[dg.AssetKey]:
+def follow() -> dg.AutomationCondition[dg.AssetKey | dg.AssetCheckKey]:
     """When something it stands on has landed or was built, by a run that did not build this as well; or at first.
 
     As `eager()`, but: what was never built is built once without waiting for a change of what it stands on, and a feed
@@ -110,7 +110,8 @@ def build_backlog_sensor(
             return dg.SkipReason(error.message)
         busy = find_busy(context.instance, feeds, readers)
         known = {name: Memory(**memory) for name, memory in json.loads(context.cursor or "{}").items()}
-        memories, requests, reasons, landed = {}, [], [], []
+        memories: dict[str, Memory] = {}
+        requests, reasons, landed = [], [], []
         now = time.time()
         for feed in feeds:
             backlog = backlogs[feed.name]
