@@ -208,7 +208,7 @@ def build_reconciliation_checks(feeds: Sequence[FeedSpec], manifest: Manifest) -
             raise to_retry_or_failure(context.op_execution_context, error) from None
         for feed in feeds:
             if dg.AssetCheckKey(feed_key(feed), "reconciliation") in context.selected_asset_check_keys:
-                yield check_reconciliation(feed, books.verdicts and books.verdicts.get(feed.name))
+                yield check_reconciliation(feed, books.verdicts.get(feed.name) if books.verdicts else None)
 
     return reconcile
 

@@ -13,6 +13,7 @@ dagster.yaml holds: no telemetry.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import dagster as dg
 
@@ -28,7 +29,13 @@ from orchestration.assets import (
 from orchestration.backfill_jobs import IN_MEMORY, build_backfill_job
 from orchestration.manifest import attach_tests, load_manifest
 from orchestration.session import FULL_TESTS_TAG, RESOURCE_KEY, build_session_resource
-from orchestration.triggers import build_backlog_sensor, build_follow_sensor, build_schedule, feed_key
+from orchestration.triggers import (
+    build_backlog_sensor,
+    build_follow_sensor,
+    build_schedule,
+    build_watch_sensor,
+    feed_key,
+)
 from orchestration.unattended import Trigger
 
 JOB = "warehouse"
@@ -57,7 +64,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
     reconciliation = build_reconciliation_checks(feeds, manifest)
     everything = dg.AssetSelection.all() | dg.AssetSelection.all_asset_checks()
     polled = [feed for feed in feeds if not isinstance(feed.origin, KafkaOrigin)]
-    jobs = [
+    jobs: list[Any] = [
         dg.define_asset_job(
             JOB,
             selection=everything,
@@ -109,6 +116,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         sensors=[
             build_backlog_sensor(settings, feeds, INGEST_JOB, readers),
             build_follow_sensor(settings, follows),
+            build_watch_sensor(settings),
         ],
         resources={RESOURCE_KEY: build_session_resource(settings), IN_MEMORY: dg.mem_io_manager},
         executor=executor,

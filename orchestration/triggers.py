@@ -3,6 +3,7 @@
     hourly     everything            daily   rates and reports      nightly   every data test over everything
     backlog    a feed whose topic holds more than its declaration lets wait, or an API never read
     models     models, checks and the reconciliation, as soon as what they stand on landed (declarative automation)
+    watch      no run: measures ages and queues every minute and tells who has to know (orchestration/watch.py)
 
 All of them together do no work twice: nothing is asked for that is queued or running, a landing takes what is there
 and leaves nothing for the next one, and models that were built in the run of their feed do not follow it again.
@@ -13,17 +14,22 @@ import json
 import random
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
+from datetime import UTC, datetime
 
 import dagster as dg
+import psycopg2
 
-from ingestion.database import connect
+from ingestion.database import classify_error, connect
+from ingestion.ddl import ensure_schema
 from ingestion.errors import ErrorClass, WarehouseError
-from ingestion.feeds import FeedSpec, IngestWhen, KafkaOrigin
+from ingestion.feeds import FeedSpec, IngestWhen, KafkaOrigin, load_feeds
 from ingestion.settings import Settings
 from orchestration.session import TRIGGER_TAG
 from orchestration.status import WAIT_SETTING, FeedStatus, answering_services, fetch_status
 from orchestration.unattended import Backlog, Memory, Trigger, decide, is_allowed
+from orchestration.watch import describe, tick
 
 # How often the broker is asked and the graph is looked at, in seconds.
 EVERY_SETTING, EVERY_S = "WAREHOUSE_SENSOR_SECONDS", 15.0
@@ -39,7 +45,7 @@ UNFINISHED = [
 ]
 
 
-def follow() -> dg.AutomationCondition[dg.AssetKey]:
+def follow() -> dg.AutomationCondition[dg.AssetKey | dg.AssetCheckKey]:
     """When something it stands on has landed or was built, by a run that did not build this as well; or at first.
 
     As `eager()`, but: what was never built is built once without waiting for a change of what it stands on, and a feed
@@ -104,7 +110,8 @@ def build_backlog_sensor(
             return dg.SkipReason(error.message)
         busy = find_busy(context.instance, feeds, readers)
         known = {name: Memory(**memory) for name, memory in json.loads(context.cursor or "{}").items()}
-        memories, requests, reasons, landed = {}, [], [], []
+        memories: dict[str, Memory] = {}
+        requests, reasons, landed = [], [], []
         now = time.time()
         for feed in feeds:
             backlog = backlogs[feed.name]
@@ -150,6 +157,39 @@ def build_backlog_sensor(
         minimum_interval_seconds=_interval(settings),
         default_status=_sensor_status(settings, Trigger.BACKLOG),
         description="Starts ingestion of a feed when enough waits at the broker, or for long enough.",
+    )
+
+
+def build_watch_sensor(settings: Settings) -> dg.SensorDefinition:
+    """Looks at everything every minute, also while nothing runs: ages, queues, runs that hang; sends what is due."""
+
+    is_prepared = False
+
+    def evaluate(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+        nonlocal is_prepared
+        with answering_services(settings) as served:
+            if served.dsn is None:
+                return dg.SkipReason("no database runs")
+            try:
+                with closing(connect(served, purpose="watch")) as connection:
+                    if not is_prepared:
+                        ensure_schema(connection, load_feeds(served))
+                        is_prepared = True
+                    seen = tick(served, connection, datetime.now(UTC), may_parse=False)
+            except (WarehouseError, psycopg2.Error) as error:
+                named = error if isinstance(error, WarehouseError) else classify_error(error)
+                return dg.SkipReason(f"could not look: {named.message if named else type(error).__name__}")
+        lines = describe(seen)
+        for line in lines:
+            context.log.info(line)
+        return dg.SkipReason("; ".join(lines) or "nothing new")
+
+    return dg.SensorDefinition(
+        name=Trigger.WATCH.value,
+        evaluation_fn=evaluate,
+        minimum_interval_seconds=60,
+        default_status=_sensor_status(settings, Trigger.WATCH),
+        description="Measures ages and queues every minute; opens, tells and resolves alerts. Starts no run.",
     )
 
 

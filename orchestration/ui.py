@@ -79,7 +79,7 @@ class Servers:
         # Beside those of the embedded services; Dagster clears a folder `logs` of its own.
         log = self.home.parent / "logs" / f"dagster-{name.replace(' ', '-')}.log"
         log.parent.mkdir(exist_ok=True)
-        script = Path(sys.executable).with_name(arguments[0])
+        script = str(Path(sys.executable).with_name(arguments[0]))
         command = [sys.executable, "-I", "-S", "-c", _END_WITH_PARENT, str(os.getpid()), script, *arguments[1:]]
         with log.open("ab") as out:
             process = subprocess.Popen(

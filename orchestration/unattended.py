@@ -26,6 +26,7 @@ class Trigger(StrEnum):
     NIGHTLY = "nightly"
     BACKLOG = "backlog"
     MODELS = "models"
+    WATCH = "watch"
 
 
 # To open the web interface on a laptop must not start to read a production topic.
