@@ -317,9 +317,11 @@ class _Reader:
                 offering = [one for one in at.selected_sources if self._offers(at.sources.get(one), name)]
                 if len(offering) == 1:
                     return self._from_source(at.sources[offering[0]], name, at)
-                lateral = _projection(at.expression, name) if isinstance(at.expression, exp.Select) else None
-                if lateral is not None and lateral is not column.parent:
-                    return self.flow(lateral, at)
+                # Only there Postgres knows the name of an output column.
+                if column.find_ancestor(exp.Group, exp.Order) and isinstance(at.expression, exp.Select):
+                    named = _projection(at.expression, name)
+                    if named is not None and all(one is not column for one in named.find_all(exp.Column)):
+                        return self.flow(named, at)
             # A CTE or a table in FROM sees nothing of the query around it; a subquery and a lateral one do.
             at = at.parent if at.is_subquery or at.is_udtf or at.lateral_sources or at.can_be_correlated else None
         raise _Unresolved(f"nothing offers {column.sql(DIALECT)} in {_name_of(scope)}")
