@@ -9,6 +9,7 @@ column `unknown`, with the reason.
 """
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -89,10 +90,15 @@ def read_statement(
         scope = _scope_of(text, tree, _schema_of(tables))
     except (SqlglotError, RecursionError, ValueError, KeyError, AttributeError, TypeError) as error:
         # Also what sqlglot itself did not expect: one model's SQL must not cost the graph of all others.
-        return Statement({}, Output(NOTHING), unknown=f"not understood: {' '.join(str(error).split())[:200]}")
+        return Statement({}, Output(NOTHING), unknown=f"not understood: {_plain_text(error)}")
     if scope is None:
         return Statement({}, Output(NOTHING), unknown="not understood: no scope")
     return _Reader(tables, functions or {}).read(scope, names)
+
+
+def _plain_text(error: Exception) -> str:
+    """An error in one line; sqlglot underlines for a terminal."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())[:200]
 
 
 def find_broken(text: str, tables: Tables) -> list[str]:
