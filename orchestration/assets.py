@@ -19,6 +19,8 @@ from ingestion.errors import WarehouseError
 from ingestion.feeds import FeedSpec, KafkaOrigin
 from ingestion.landing import Landing
 from orchestration import transform
+from orchestration.asset_lineage import COLUMN_LINEAGE, column_lineage
+from orchestration.lineage.graph import Graph
 from orchestration.manifest import Manifest
 from orchestration.run import ingest
 from orchestration.session import FULL_TESTS_TAG, RESOURCE_KEY, LogReporter, session_of, to_failure
@@ -26,19 +28,28 @@ from orchestration.session import FULL_TESTS_TAG, RESOURCE_KEY, LogReporter, ses
 RAW_GROUP = "raw"
 # dagster-dbt writes dbt's unique id under this key on every asset and check it makes.
 UNIQUE_ID = "dagster_dbt/unique_id"
+# Kinds of nodes that are assets with columns.
+WITH_COLUMNS = ("model", "seed", "snapshot", "source")
 
 DbtEvent = dg.MaterializeResult[Any] | dg.AssetCheckResult
 
 
 class LayerTranslator(DagsterDbtTranslator):
-    """dagster-dbt's own keys, grouped by layer: the first folder below models or seeds."""
+    """dagster-dbt's own keys, grouped by layer: the first folder below models or seeds; with the lineage of columns."""
 
-    def __init__(self) -> None:
+    def __init__(self, lineage: Graph | None = None) -> None:
         super().__init__(DagsterDbtTranslatorSettings(enable_source_tests_as_checks=True))
+        self.lineage = lineage
 
     def get_asset_spec(self, manifest: Mapping[str, Any], unique_id: str, project: DbtProject | None) -> dg.AssetSpec:
         spec = super().get_asset_spec(manifest, unique_id, project)
         node = self.get_resource_props(manifest, unique_id)
+        if self.lineage is not None:
+            read = [one for one in node.get("depends_on", {}).get("nodes", []) if one.partition(".")[0] in WITH_COLUMNS]
+            keys = {one: self.get_asset_key(self.get_resource_props(manifest, one)) for one in read}
+            found = column_lineage(self.lineage, unique_id, keys)
+            if found is not None:
+                spec = spec.merge_attributes(metadata={COLUMN_LINEAGE: found})
         if spec.group_name is None and node["resource_type"] in ("model", "seed") and len(node["fqn"]) > 2:
             return spec.replace_attributes(group_name=node["fqn"][1])
         return spec
@@ -110,15 +121,17 @@ def describe_landing(landing: Landing) -> dict[str, Any]:
     }
 
 
-def build_dbt_assets(manifest: Manifest) -> dg.AssetsDefinition:
+def build_dbt_assets(manifest: Manifest, lineage: Graph | None = None) -> dg.AssetsDefinition:
     """All models and seeds as one step, every data test as a check of the model, seed or feed it tests.
+
+    With a graph of columns, assets and materialisations say what each column is made of.
 
     A part of it can be selected; dbt is then given exactly the chosen models, seeds and tests.
     """
 
     @dbt_assets(
         manifest=manifest,
-        dagster_dbt_translator=LayerTranslator(),
+        dagster_dbt_translator=LayerTranslator(lineage),
         name="dbt",
         required_resource_keys={RESOURCE_KEY},
         # dbt commands share target/.
@@ -187,10 +200,11 @@ def _events(definition: dg.AssetsDefinition, report: transform.BuildReport) -> I
     assets, checks = _nodes(definition)
     for node in report.nodes:
         if node.node in assets and node.status == "success":
-            written = {"rows_written": node.rows} if node.rows is not None and node.rows >= 0 else {}
-            yield dg.MaterializeResult(
-                asset_key=assets[node.node], metadata={"seconds": round(node.seconds, 3), **written}
-            )
+            key_of = assets[node.node]
+            written: dict[str, Any] = {"rows_written": node.rows} if node.rows is not None and node.rows >= 0 else {}
+            if COLUMN_LINEAGE in definition.metadata_by_key[key_of]:
+                written[COLUMN_LINEAGE] = definition.metadata_by_key[key_of][COLUMN_LINEAGE]
+            yield dg.MaterializeResult(asset_key=key_of, metadata={"seconds": round(node.seconds, 3), **written})
         elif node.node in checks and node.status != "skipped":
             key = checks[node.node]
             yield dg.AssetCheckResult(

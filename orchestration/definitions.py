@@ -16,6 +16,7 @@ import dagster as dg
 from ingestion.feeds import load_feeds
 from ingestion.settings import Settings, load_settings
 from orchestration.assets import build_dbt_assets, build_feed_assets
+from orchestration.lineage.build import load_graph
 from orchestration.manifest import attach_tests, load_manifest
 from orchestration.session import FULL_TESTS_TAG, RESOURCE_KEY, TRIGGER_TAG, build_session_resource
 
@@ -49,7 +50,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         tags={FULL_TESTS_TAG: "true", "dagster/retry_on_asset_or_op_failure": "false"},
     )
     return dg.Definitions(
-        assets=[*build_feed_assets(feeds, manifest), build_dbt_assets(manifest)],
+        assets=[*build_feed_assets(feeds, manifest), build_dbt_assets(manifest, load_graph(settings))],
         jobs=[job, full_tests],
         schedules=[_schedule("hourly", JOB, "0 * * * *"), _schedule("nightly", FULL_TESTS_JOB, "30 3 * * *")],
         resources={RESOURCE_KEY: build_session_resource(settings)},
