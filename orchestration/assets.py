@@ -26,10 +26,12 @@ from ingestion.landing import Landing
 from ingestion.settings import Settings
 from orchestration import transform
 from orchestration.accounts import Account, Verdict, fetch_books
+from orchestration.asset_lineage import COLUMN_LINEAGE, column_lineage
 from orchestration.console import Reporter
 from orchestration.instance import pool_of
+from orchestration.lineage.graph import Graph
 from orchestration.manifest import Manifest
-from orchestration.run import announce_retry, ingest
+from orchestration.run import announce_retry, ingest, write_pages
 from orchestration.session import FULL_TESTS_TAG, RESOURCE_KEY, LogReporter, session_of, to_retry_or_failure
 from orchestration.standing import find_standing, note_standing, take_inputs
 from orchestration.triggers import feed_key, follow
@@ -41,19 +43,28 @@ LINEAGE_KEY = dg.AssetKey(["docs", "lineage"])
 BOOKS_TIMEOUT_S = 30.0
 # dagster-dbt writes dbt's unique id under this key on every asset and check it makes.
 UNIQUE_ID = "dagster_dbt/unique_id"
+# Kinds of nodes that are assets with columns.
+WITH_COLUMNS = ("model", "seed", "snapshot", "source")
 
 DbtEvent = dg.MaterializeResult[Any] | dg.AssetCheckResult
 
 
 class LayerTranslator(DagsterDbtTranslator):
-    """dagster-dbt's own keys, grouped by layer: the first folder below models or seeds."""
+    """dagster-dbt's own keys, grouped by layer: the first folder below models or seeds; with the lineage of columns."""
 
-    def __init__(self) -> None:
+    def __init__(self, lineage: Graph | None = None) -> None:
         super().__init__(DagsterDbtTranslatorSettings(enable_source_tests_as_checks=True))
+        self.lineage = lineage
 
     def get_asset_spec(self, manifest: Mapping[str, Any], unique_id: str, project: DbtProject | None) -> dg.AssetSpec:
         spec = super().get_asset_spec(manifest, unique_id, project)
         node = self.get_resource_props(manifest, unique_id)
+        if self.lineage is not None:
+            read = [one for one in node.get("depends_on", {}).get("nodes", []) if one.partition(".")[0] in WITH_COLUMNS]
+            keys = {one: self.get_asset_key(self.get_resource_props(manifest, one)) for one in read}
+            found = column_lineage(self.lineage, unique_id, keys)
+            if found is not None:
+                spec = spec.merge_attributes(metadata={COLUMN_LINEAGE: found})
         if node["resource_type"] not in ("model", "seed"):
             return spec
         spec = spec.replace_attributes(automation_condition=follow())
@@ -254,8 +265,10 @@ def describe_landing(landing: Landing) -> dict[str, Any]:
     }
 
 
-def build_dbt_assets(manifest: Manifest) -> dg.AssetsDefinition:
+def build_dbt_assets(manifest: Manifest, lineage: Graph | None = None) -> dg.AssetsDefinition:
     """All models and seeds as one step, every data test as a check of the model, seed or feed it tests.
+
+    With a graph of columns, assets and materialisations say what each column is made of.
 
     A part of it can be selected; dbt is then given exactly the chosen models, seeds and tests. Where nothing is left to
     do, because all of it stands as it would be built now, dbt is not called and nothing is materialised.
@@ -263,7 +276,7 @@ def build_dbt_assets(manifest: Manifest) -> dg.AssetsDefinition:
 
     @dbt_assets(
         manifest=manifest,
-        dagster_dbt_translator=LayerTranslator(),
+        dagster_dbt_translator=LayerTranslator(lineage),
         name="dbt",
         required_resource_keys={RESOURCE_KEY},
         # dbt commands share target/, and two builds of one model would wait for each other in Postgres.
@@ -368,7 +381,7 @@ def build_lineage_asset(manifest: Manifest) -> dg.AssetsDefinition:
                 if session.stands and page.is_file():
                     return dg.MaterializeResult(metadata={"page": dg.MetadataValue.path(page), "written": False})
                 with run.step("docs"):
-                    page = transform.write_docs(settings)
+                    page = write_pages(settings)
         except WarehouseError as error:
             raise to_retry_or_failure(context, error) from None
         return dg.MaterializeResult(metadata={"page": dg.MetadataValue.path(page), "written": True})
@@ -410,10 +423,11 @@ def _events(definition: dg.AssetsDefinition, report: transform.BuildReport) -> I
     assets, checks = _nodes(definition)
     for node in report.nodes:
         if node.node in assets and node.status == "success":
-            written = {"rows_written": node.rows} if node.rows is not None and node.rows >= 0 else {}
-            yield dg.MaterializeResult(
-                asset_key=assets[node.node], metadata={"seconds": round(node.seconds, 3), **written}
-            )
+            key_of = assets[node.node]
+            written: dict[str, Any] = {"rows_written": node.rows} if node.rows is not None and node.rows >= 0 else {}
+            if COLUMN_LINEAGE in definition.metadata_by_key[key_of]:
+                written[COLUMN_LINEAGE] = definition.metadata_by_key[key_of][COLUMN_LINEAGE]
+            yield dg.MaterializeResult(asset_key=key_of, metadata={"seconds": round(node.seconds, 3), **written})
         elif node.node in checks and node.status != "skipped":
             key = checks[node.node]
             yield dg.AssetCheckResult(

@@ -409,12 +409,12 @@ def coverage(
     chosen: list[Path | None] = [*folders] if folders else [None]
     for folder in chosen:
         graph = _graph(folder)
-        columns = [where for where, _ in graph.columns("model", "snapshot")]
-        missing = [(where, why) for where, why in graph.unknown()]
-        unresolved = len({where for where, _ in missing if where.column != "*"})
+        missing = graph.unknown()
+        # A model of which nothing is understood counts as a column at least.
+        columns = {where for where, _ in graph.columns("model", "snapshot")} | {where for where, _ in missing}
         models = sum(dataset.kind in ("model", "snapshot") for dataset in graph.datasets.values())
-        share = (len(columns) - unresolved) / len(columns) if columns else 0.0
-        rows.append((graph.name, models, len(columns), len(graph.edges), unresolved, f"{share:.1%}"))
+        share = (len(columns) - len(missing)) / len(columns) if columns else 0.0
+        rows.append((graph.name, models, len(columns), len(graph.edges), len(missing), f"{share:.1%}"))
         unknown += [(graph.name, graph.show(where), why) for where, why in missing]
     if as_json:
         header = ("project", "models", "columns", "edges", "unknown", "resolved")

@@ -27,6 +27,7 @@ from orchestration.assets import (
     build_source_specs,
 )
 from orchestration.backfill_jobs import IN_MEMORY, build_backfill_job
+from orchestration.lineage.build import load_graph
 from orchestration.manifest import attach_tests, load_manifest
 from orchestration.session import FULL_TESTS_TAG, RESOURCE_KEY, build_session_resource
 from orchestration.triggers import (
@@ -60,7 +61,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
     manifest = attach_tests(load_manifest(settings))
     # One process a run: dlt and dbt each take seconds to import, and steps of a process each would pay it every time.
     executor = dg.in_process_executor
-    dbt = build_dbt_assets(manifest)
+    dbt = build_dbt_assets(manifest, load_graph(settings))
     reconciliation = build_reconciliation_checks(feeds, manifest)
     everything = dg.AssetSelection.all() | dg.AssetSelection.all_asset_checks()
     polled = [feed for feed in feeds if not isinstance(feed.origin, KafkaOrigin)]

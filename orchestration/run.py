@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ingestion.database import Connection, connect
 from ingestion.ddl import ensure_schema
@@ -51,6 +51,17 @@ def prepare(settings: Settings) -> list[FeedSpec]:
         connection.close()
     transform.ensure_profiles(settings)
     return feeds
+
+
+def write_pages(settings: Settings, built: Any = None) -> Path:
+    """dbt's docs site, and the page of columns beside it; where the site stands.
+
+    Args:
+        built: the project a build has just compiled; None compiles.
+    """
+    page = transform.write_docs(settings, built)
+    write_lineage(settings)
+    return page
 
 
 def write_lineage(settings: Settings) -> Path:
@@ -214,5 +225,4 @@ def _run_layers(
     report.docs = transform.docs_page(settings)
     if project is not None or not report.docs.is_file():
         with run.step("docs"), reporter.task("dbt docs generate"):
-            report.docs = transform.write_docs(settings, project)
-            write_lineage(settings)
+            report.docs = write_pages(settings, project)

@@ -9,6 +9,7 @@ column `unknown`, with the reason.
 """
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -89,10 +90,15 @@ def read_statement(
         scope = _scope_of(text, tree, _schema_of(tables))
     except (SqlglotError, RecursionError, ValueError, KeyError, AttributeError, TypeError) as error:
         # Also what sqlglot itself did not expect: one model's SQL must not cost the graph of all others.
-        return Statement({}, Output(NOTHING), unknown=f"not understood: {' '.join(str(error).split())[:200]}")
+        return Statement({}, Output(NOTHING), unknown=f"not understood: {_plain_text(error)}")
     if scope is None:
         return Statement({}, Output(NOTHING), unknown="not understood: no scope")
     return _Reader(tables, functions or {}).read(scope, names)
+
+
+def _plain_text(error: Exception) -> str:
+    """An error in one line; sqlglot underlines for a terminal."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())[:200]
 
 
 def find_broken(text: str, tables: Tables) -> list[str]:
@@ -317,9 +323,11 @@ class _Reader:
                 offering = [one for one in at.selected_sources if self._offers(at.sources.get(one), name)]
                 if len(offering) == 1:
                     return self._from_source(at.sources[offering[0]], name, at)
-                lateral = _projection(at.expression, name) if isinstance(at.expression, exp.Select) else None
-                if lateral is not None and lateral is not column.parent:
-                    return self.flow(lateral, at)
+                # Only there Postgres knows the name of an output column.
+                if column.find_ancestor(exp.Group, exp.Order) and isinstance(at.expression, exp.Select):
+                    named = _projection(at.expression, name)
+                    if named is not None and all(one is not column for one in named.find_all(exp.Column)):
+                        return self.flow(named, at)
             # A CTE or a table in FROM sees nothing of the query around it; a subquery and a lateral one do.
             at = at.parent if at.is_subquery or at.is_udtf or at.lateral_sources or at.can_be_correlated else None
         raise _Unresolved(f"nothing offers {column.sql(DIALECT)} in {_name_of(scope)}")

@@ -30,8 +30,11 @@ from ingestion.feeds import load_feeds
 from ingestion.settings import Settings, load_settings
 from orchestration import manifest as manifests
 from orchestration import transform
+from orchestration.asset_lineage import COLUMN_LINEAGE, column_lineage
 from orchestration.assets import UNIQUE_ID
 from orchestration.definitions import build_definitions
+from orchestration.lineage.build import load_graph
+from orchestration.lineage.graph import ColumnId
 from orchestration.manifest import Manifest, attach_tests, fingerprint, load_manifest
 from orchestration.session import TRIGGER_TAG, WarehouseSession, to_failure
 
@@ -51,6 +54,34 @@ def manifest(clean_settings: Settings) -> Manifest:
 
 def specs_of(definitions: dg.Definitions) -> dict[str, dg.AssetSpec]:
     return {spec.key.to_user_string(): spec for spec in definitions.resolve_all_asset_specs()}
+
+
+def test_assets_say_what_their_columns_are_made_of(definitions: dg.Definitions, clean_settings: Settings) -> None:
+    """For every model, as the graph has it; counted rows and the own rows of a model are no columns of an asset."""
+    graph = load_graph(clean_settings)
+    of_model = {
+        str(spec.metadata[UNIQUE_ID]): spec.metadata.get(COLUMN_LINEAGE)
+        for spec in definitions.resolve_all_asset_specs()
+        if UNIQUE_ID in spec.metadata
+    }
+    models = [one for one in graph.datasets.values() if one.kind == "model"]
+    for model in models:
+        found = of_model[model.id]
+        assert isinstance(found, dg.TableColumnLineage), model.name
+        assert set(found.deps_by_column) == {name for name in model.columns if name != "*"}
+        for name, deps in found.deps_by_column.items():
+            said = {f"{dep.asset_key.path[-1]}.{dep.column_name}" for dep in deps}
+            assert said == {
+                f"{graph.datasets[edge.source.dataset].name.rpartition('.')[2]}.{edge.source.column}"
+                for edge in graph.into.get(ColumnId(model.id, name), ())
+                if edge.direct
+                and edge.source.column != "*"
+                and edge.source.dataset != model.id
+                and graph.datasets[edge.source.dataset].kind != "external"
+            }, f"{model.name}.{name}"
+    assert len(models) >= 23
+    # Without the graph there is none.
+    assert column_lineage(graph, "seed.payments_warehouse.currencies", {}) is None
 
 
 def checks_of(definitions: dg.Definitions) -> list[dg.AssetCheckSpec]:
