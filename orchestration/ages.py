@@ -174,9 +174,9 @@ def parse_budget(declared: Mapping[str, Any], name: str) -> Budget:
 
     def limit(key: str) -> timedelta | None:
         value = declared.get(key)
-        if not value or value.get("count") is None:
+        count, period = (value.get("count"), value.get("period")) if isinstance(value, Mapping) else (value, None)
+        if count is None:
             return None
-        count, period = value.get("count"), value.get("period")
         if not isinstance(count, int) or count <= 0 or period not in PERIODS:
             raise ConfigurationError(
                 f"{name}: {key} is not understood.",

@@ -100,8 +100,11 @@ class Run:
         rows = []
         for node in nodes:
             kind, name = node.node.partition(".")[0], _short_name(node)
-            if kind in ("model", "seed", "snapshot") or node.status not in ("pass", "success"):
-                rows.append((self.run_id, kind, name, node.status, node.seconds, node.rows, node.failures, self.now()))
+            is_built = kind in ("model", "seed", "snapshot")
+            if is_built or (kind in ("test", "unit_test") and node.status not in ("pass", "skipped")):
+                # Of a view Postgres says -1.
+                written = node.rows if node.rows is not None and node.rows >= 0 else None
+                rows.append((self.run_id, kind, name, node.status, node.seconds, written, node.failures, self.now()))
         if not rows:
             return
         try:

@@ -87,7 +87,7 @@ def plot_bars(bars: Sequence[Bar], described: str, *, limit: float | None = None
         marks = [(0.0, "line", 1.0)] + ([] if limit is None else [(limit, "error", 1.6)])
         for at, colour, width in marks:
             for place in range(len(bars)):
-                axes.plot([at, at], [-place - 0.25, -place + 0.25], color=COLOURS[colour], linewidth=width)
+                axes.plot([at, at], [-place - 0.22, -place + 0.2], color=COLOURS[colour], linewidth=width)
         axes.set_axis_off()
 
     return _render(draw, described, height=0.15 + 0.44 * len(bars))
@@ -112,6 +112,7 @@ def plot_curve(
             linewidth=1.4,
             marker="o",
             markersize=2.2 if len(points) > 1 else 4,
+            clip_on=False,
         )
         for limit, colour in ((warn, "warn"), (error, "error")):
             if limit is not None:
@@ -140,6 +141,7 @@ def plot_run_times(
             marker="o",
             markersize=3,
             linewidth=0,
+            clip_on=False,
         )
         axes.set_ylim(0, max(high for _, _, high in days) * 1.12 or 1.0)
         axes.set_xlim(*span)

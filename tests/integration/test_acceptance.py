@@ -241,6 +241,12 @@ def test_the_run_was_built_tested_fresh_and_documented(sampled: tuple[Settings, 
     assert steps == [
         (step, "success", 3 if step == "ingest" else 1) for step in ("build", "docs", "freshness", "ingest")
     ]
+    # Its models are in the history, and it ended with a tick.
+    recorded = ask(settings, "select kind, status, count(*)::int from ops.run_nodes group by 1, 2 order by 1")
+    assert recorded == [(kind, "success", report.build.counts[kind]) for kind in ("model", "seed")]
+    ages = dict(ask(settings, "select table_name, age is not null from ops.table_ages"))
+    assert set(ages) >= {*FEEDS, "raw_fx.daily_rates", "marts.rpt_finance__daily_revenue"}
+    assert all(ages.values())
     reconciled = ask(
         settings,
         "select feed, bool_and(adds_up), sum(offered) = sum(landed + dead + tombstones + unchanged), "

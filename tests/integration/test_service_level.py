@@ -221,6 +221,8 @@ def test_models_are_recorded_and_messages_are_not(books: Connection, clean_setti
         NodeResult("model.payments_warehouse.fct_transactions", "success", "", 1.5, 10),
         NodeResult("seed.payments_warehouse.currencies", "success", "", 0.5, 156),
         NodeResult("model.payments_warehouse.dim_users", "error", "Key (email)=(ada@example.com) exists", 0.1),
+        NodeResult("model.payments_warehouse.audit_runs", "success", "", 0.1, -1),
+        NodeResult("exposure.payments_warehouse.ops_service_level", "no-op", ""),
         NodeResult("test.payments_warehouse.unique_dim_users", "pass", "", 0.1, failures=0),
         NodeResult("test.payments_warehouse.not_null_dim_users", "fail", "Got 3 results", 0.1, failures=3),
     ]
@@ -229,6 +231,7 @@ def test_models_are_recorded_and_messages_are_not(books: Connection, clean_setti
         # Only what failed runs again: its second try stands.
         run.record_nodes([replace(nodes[2], status="success", message="", rows=7)])
     assert query("select kind, node, status, rows, failures from ops.run_nodes order by kind, node") == [
+        ("model", "audit_runs", "success", None, None),
         ("model", "dim_users", "success", 7, None),
         ("model", "fct_transactions", "success", 10, None),
         ("seed", "currencies", "success", 156, None),

@@ -75,6 +75,7 @@ BROKEN = {
     "range of a text": ("arguments: {min_value: 0}", "arguments: {min_value: low}", "min_value is not a numeric"),
     "empty range": ("arguments: {min_value: 0}", "arguments: {}", "needs min_value, max_value or both"),
     "unknown kind": ("kind: kafka", "kind: kinesis", "kind `kinesis` is not known"),
+    "unknown idleness": ("format: json", "idle_partitions: fine", "`idle_partitions` is late or normal, not `fine`"),
     "unknown format": ("format: json", "format: avro", "format `avro` is not known"),
     "unknown setting": ("format: json", "formt: json", "no setting `formt`"),
     "no topic": ("topic: payments_transaction_created", "format: json", "stands twice"),

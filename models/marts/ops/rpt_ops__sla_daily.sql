@@ -31,16 +31,26 @@ ran as (
 
 -- A miss is the pipeline's that held the table back: the feed, or the build where a model was left behind. Names of
 -- feeds have a dot, names of models have none. It counts on the day it begins.
-missed as (
+blamed as (
     select
+        table_name,
+        measured_date as day,
         case when hop like '%.%' then 'feed' else 'step' end as pipeline_kind,
         case when hop like '%.%' then hop else 'build' end as pipeline,
-        measured_date as day,
-        count(*) filter (where state_before is distinct from 'error') as miss_count,
-        count(distinct table_name) as late_table_count
+        coalesce(state_before, '') <> 'error' as begins
     from measured
     where state = 'error'
-    group by 1, 2, 3
+),
+
+missed as (
+    select
+        pipeline_kind,
+        pipeline,
+        day,
+        count(*) filter (where begins) as miss_count,
+        count(distinct table_name) as late_table_count
+    from blamed
+    group by pipeline_kind, pipeline, day
 ),
 
 final as (
