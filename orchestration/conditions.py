@@ -116,8 +116,13 @@ def find_conditions(
         conditions = _attempt(cursor, look)
         if conditions is not None:
             found[kind] = conditions
-    explained = {one.key for conditions in found.values() for one in conditions}
-    failures = _attempt(cursor, lambda: _find_failures(cursor, feeds, explained))
+
+    def is_told(kind: Kind, feed: str | None = None) -> bool:
+        """Whether a condition tells it already; what is not known now counts as told."""
+        told = [one.key for one in found.get(kind, ())]
+        return kind not in found or (f"{kind}/{feed}" in told if feed else bool(told))
+
+    failures = _attempt(cursor, lambda: _find_failures(cursor, feeds, is_told))
     if failures is not None:
         found[Kind.RUN_FAILED] = failures
     if ages is not None:
@@ -233,7 +238,7 @@ order by l.finished_at
 """
 
 
-def _find_failures(cursor: Cursor, feeds: Sequence[FeedSpec], explained: set[str]) -> list[Condition]:
+def _find_failures(cursor: Cursor, feeds: Sequence[FeedSpec], is_told: Callable[..., bool]) -> list[Condition]:
     """What failed last, together where one server is behind it; not what another condition tells already."""
     declared = {feed.name: feed for feed in feeds}
     groups: dict[str, list[_Last]] = {}
@@ -242,24 +247,20 @@ def _find_failures(cursor: Cursor, feeds: Sequence[FeedSpec], explained: set[str
         # A folder landed by hand, or a feed nobody declares any more.
         if last.feed and last.feed not in declared:
             continue
-        if _is_explained(last, explained):
+        if (last.error_class == ErrorClass.LOSS and is_told(Kind.LOSS, last.feed)) or (
+            last.error_class == ErrorClass.DATA and last.feed and is_told(Kind.DEAD_LETTERS, last.feed)
+        ):
             continue
         groups.setdefault(_group(last, declared), []).append(last)
     cursor.execute(_FAILING_NODES)
     nodes = [_Last(*row) for row in cursor.fetchall()]
     of_reconciliation = all(one.node.startswith("test audit_reconciliation") for one in nodes)
-    if nodes and not (of_reconciliation and any(key.startswith(f"{Kind.RECONCILIATION}/") for key in explained)):
+    if nodes and not (of_reconciliation and is_told(Kind.RECONCILIATION)):
         groups[f"{Kind.RUN_FAILED}/models"] = nodes
     cursor.execute(_LAST_RUNS, (list(ATTENDED),))
     for last in [_Last(*row) for row in cursor.fetchall()]:
         groups.setdefault(f"{Kind.RUN_FAILED}/{last.command}", []).append(last)
     return [_to_failure(key, lasts) for key, lasts in groups.items()]
-
-
-def _is_explained(last: _Last, explained: set[str]) -> bool:
-    if last.error_class == ErrorClass.LOSS:
-        return f"{Kind.LOSS}/{last.feed}" in explained
-    return last.error_class == ErrorClass.DATA and f"{Kind.DEAD_LETTERS}/{last.feed}" in explained
 
 
 def _group(last: _Last, declared: Mapping[str, FeedSpec]) -> str:
