@@ -1,4 +1,4 @@
-"""Metrics of a database that does not answer, and how they are served. Their figures are checked where there are some."""
+"""Metrics of a database that does not answer, and how they are served. Figures are checked where there are some."""
 
 import re
 import socket
