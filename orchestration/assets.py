@@ -281,7 +281,6 @@ def build_dbt_assets(manifest: Manifest) -> dg.AssetsDefinition:
             with session.attempt(command) as (settings, run), run.step(command):
                 report = _run_dbt(settings, reporter, command, selection, before)
                 run.record_nodes(report.nodes)
-                session.stands = report.stands_since is not None
                 transform.require_built(report, command)
         except WarehouseError as error:
             failure = error
@@ -358,18 +357,13 @@ def build_lineage_asset(manifest: Manifest) -> dg.AssetsDefinition:
         pool="dbt",
     )
     def lineage(context: dg.AssetExecutionContext) -> dg.MaterializeResult[Any]:
-        session = session_of(context)
+        # Where everything stands nothing comes from the marts, and Dagster leaves this step out.
         try:
-            with session.attempt("docs") as (settings, run):
-                page = transform.docs_page(settings)
-                # As `warehouse run`: a page of models that stand says what it said.
-                if session.stands and page.is_file():
-                    return dg.MaterializeResult(metadata={"page": dg.MetadataValue.path(page), "written": False})
-                with run.step("docs"):
-                    page = transform.write_docs(settings)
+            with session_of(context).attempt("docs") as (settings, run), run.step("docs"):
+                page = transform.write_docs(settings)
         except WarehouseError as error:
             raise to_retry_or_failure(context, error) from None
-        return dg.MaterializeResult(metadata={"page": dg.MetadataValue.path(page), "written": True})
+        return dg.MaterializeResult(metadata={"page": dg.MetadataValue.path(page)})
 
     return lineage
 
