@@ -42,8 +42,6 @@ class WarehouseSession:
     settings: Settings
     command: str
     trigger: str
-    # The build of this run found everything standing as it would be built.
-    stands: bool = False
     # What the last try of a build left, for the next one.
     report: BuildReport | None = None
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
