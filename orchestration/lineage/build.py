@@ -193,6 +193,10 @@ class _Builder:
         by_name = {feed.name: feed for feed in self.feeds}
         for unique_id, source in self.manifest["sources"].items():
             self._add_source(unique_id, source, by_name.get(f"{source['source_name']}.{source['name']}"))
+        for dataset, edges in sources.dead_letter_tables(self.feeds, self.found_at):
+            self._add(dataset)
+            self.found_at[tuple(dataset.relation.split("."))] = dataset.id  # type: ignore[index]
+            self.edges += edges
         for unique_id, node in nodes.items():
             if node["resource_type"] == "seed":
                 self._add_seed(unique_id, node)

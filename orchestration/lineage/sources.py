@@ -5,7 +5,7 @@
 What a message holds and nobody declared (`_extra`, its key, its headers) may be personal and counts as such.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 
 from ingestion.ddl import DEAD_LETTER_COLUMNS, LEDGER_COLUMNS, raw_columns
@@ -27,6 +27,7 @@ _COORDINATES = {
     "_extra": "$.*",
 }
 _LOADER_MADE = {"_stream_id": "stream_id", "_loaded_at": "loaded_at", "_dlt_load_id": "load_id"}
+_SENT = frozenset({"raw_key", "raw_value", "headers", "message"})
 _UNDECLARED = frozenset({"_extra", "_kafka_key", "_kafka_headers"})
 
 
@@ -110,6 +111,31 @@ def feed_edges(feed: FeedSpec, table_id: str) -> Iterator[Edge]:
         else:
             # The content hash of an API's record.
             yield Edge(ColumnId(origin, ROWS), target, ("transformation",), barriers=(("hash",),))
+
+
+def dead_letter_tables(
+    feeds: Sequence[FeedSpec], found_at: Mapping[tuple[str, str], str]
+) -> Iterator[tuple[Dataset, list[Edge]]]:
+    """Where dead letters lie, and what the views over all of them take from there. What was sent is personal there.
+
+    Args:
+        found_at: (schema, table) -> dataset, for the views.
+    """
+    for source in sorted({feed.source for feed in feeds}):
+        for table, names in (
+            ("_dead_letters", tuple(name for name, _, _ in DEAD_LETTER_COLUMNS)),
+            ("_dead_letter_events", ("dead_letter_id", "message")),
+        ):
+            unique_id = f"external.{source}.{table}"
+            columns = {name: Column(name, pii=name in _SENT) for name in (ROWS, *names)}
+            view = found_at.get(("ops", table.removeprefix("_")))
+            edges = [
+                Edge(ColumnId(unique_id, name), ColumnId(view, name), ("identity",))
+                for name in names
+                if view is not None and name in _SENT
+            ]
+            relation = f"{source}.{table}"
+            yield Dataset(unique_id, relation, "external", "raw", relation, columns=columns), edges
 
 
 def loader_dataset() -> Dataset:

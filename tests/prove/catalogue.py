@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tests.prove.outcome import Caught, Outcome, Plan
-from tests.prove.scenarios import api, kafka, kills, postgres, replay, twins, writers
+from tests.prove.scenarios import api, canaries, kafka, kills, postgres, replay, twins, writers
 from tests.prove.stage import Stage
 
 
@@ -41,6 +41,7 @@ SCENARIOS = {
     "kafka-compacted": Scenario(kafka.compact_topic, 1, 1000, 8),
     "api-kills": Scenario(api.kill_api_loader, 40, 0, 60),
     "replay": Scenario(replay.replay_dead_letters, 3, 1600, 12),
+    "canaries": Scenario(canaries.follow_canaries, 1, 0, 50),
 }
 
 TWINS: dict[str, Callable[[Stage], Caught]] = {
