@@ -6,6 +6,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -197,21 +198,21 @@ def test_a_pipe_put_in_a_files_place_does_not_hold_the_run_up(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("milliseconds", "cell"),
+    ("milliseconds", "claimed"),
     [
-        (0, "1970-01-01 00:00:00.000+00"),
-        (-62_135_596_800_000, "0001-01-01 00:00:00.000+00"),
-        (253_402_300_799_999, "9999-12-31 23:59:59.999+00"),
+        (0, datetime(1970, 1, 1, tzinfo=UTC)),
+        (-62_135_596_800_000, datetime(1, 1, 1, tzinfo=UTC)),
+        (253_402_300_799_999, datetime(9999, 12, 31, 23, 59, 59, 999_000, tzinfo=UTC)),
         (253_402_300_800_000, None),
         (-62_135_596_800_001, None),
         (2**80, None),
     ],
 )
-def test_a_file_may_claim_any_time(milliseconds: int, cell: str | None) -> None:
+def test_a_file_may_claim_any_time(milliseconds: int, claimed: datetime | None) -> None:
     record = FileRecord(5, File(b"p", 2, to_milliseconds(milliseconds * 1_000_000 + 999_999), b""), b"{}")
     batch = MessageBatch([record])
     _, position, at, key, headers = batch.coordinates()
-    assert (position.to_pylist(), at.to_pylist(), headers.to_pylist()) == (["5"], [cell], [None])
+    assert (position.to_pylist(), at.to_pylist(), headers.to_pylist()) == ([5], [claimed], [None])
     assert len(key) == len(batch) == 1
 
 
