@@ -88,9 +88,21 @@ def plan_backfill(settings: Settings, feed: FeedSpec, days: DayRange, reporter: 
     models = forecast_models(settings, coming, reporter)
     most = max(int(settings.number(STRETCH_SETTING, STRETCH_DAYS)), 1)
     missing = [
-        date.fromisoformat(day) for day, figures in found.days.items() if any(figures[figure] for figure in MISSING)
+        day
+        for place, figures in found.days.items()
+        if any(figures[figure] for figure in MISSING)
+        for day in _days_of(place)
     ]
     return Plan(feed.name, days, found, tuple(models), tuple(to_stretches(missing, most)))
+
+
+def _days_of(place: str) -> Iterator[date]:
+    """The days of a line of the plan: a day, or those an API was asked for at once (`DAY to DAY`)."""
+    first, _, last = place.partition(" to ")
+    day = date.fromisoformat(first)
+    while day <= date.fromisoformat(last or first):
+        yield day
+        day += timedelta(days=1)
 
 
 def to_stretches(days: Sequence[date], most: int) -> Iterator[DayRange]:

@@ -69,7 +69,8 @@ class WarehouseSession:
         with contextlib.ExitStack() as stack:
             settings = stack.enter_context(running(self.settings))
             prepare(settings)
-            connection = connect(settings, purpose=self.command)
+            # Postgres cuts a longer name, and says so on stderr.
+            connection = connect(settings, purpose=self.command[:44])
             stack.callback(connection.close)
             run = stack.enter_context(recorded_run(connection, self.command, self.trigger, settings.project_dir))
             self._stack = stack.pop_all()
