@@ -237,10 +237,18 @@ def _find_letters(connection: "Connection", feed: FeedSpec, keys: Sequence[str])
             Letter(
                 row[0],
                 row[1],
-                f"{row[3]}@{row[4]}" if row[3] is not None else f"{row[5]:%Y-%m-%d} page {row[6]} item {row[7]}",
+                _place_of(*row[2:8]),
                 row[8],
                 row[9],
                 row[10],
             )
             for row in cursor.fetchall()
         ]
+
+
+def _place_of(
+    stream: str, partition: int | None, offset: int | None, window: datetime | None, page: int | None, item: int | None
+) -> str:
+    if partition is not None:
+        return f"{partition}@{offset}"
+    return f"{window:%Y-%m-%d} page {page} item {item}" if window is not None else stream

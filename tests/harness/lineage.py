@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.lineage.build import Work, build_graph
-from orchestration.lineage.graph import Graph
+from orchestration.lineage.graph import ROWS, Column, ColumnId, Dataset, Edge, Graph
 
 SCHEMA = "main"
+SOURCE = "source.p.raw.events"
 
 
 def manifest_of(
@@ -107,3 +108,25 @@ def many_models(count: int, width: int) -> dict[str, Any]:
         sources={"events": {one: personal.get(one, {}) for one in names}},
         columns={name: personal for name in models},
     )
+
+
+def wide_graph(count: int, width: int) -> Graph:
+    """The graph such a project has, without reading any SQL: each column from the same one of two models before."""
+    names = [f"c{number:02d}" for number in range(width)]
+    breadth = max(1, count // 10)
+    ids = [f"model.p.m_{number:04d}" for number in range(count)]
+    columns = {ROWS: Column(ROWS)} | {name: Column(name, pii=name == "c03") for name in names}
+    datasets = {SOURCE: Dataset(SOURCE, "raw.events", "source", "raw", "raw.events", columns=columns)}
+    edges = []
+    for number, unique_id in enumerate(ids):
+        layer, place = divmod(number, breadth)
+        before = (layer - 1) * breadth
+        read = [SOURCE] if layer == 0 else [ids[before + place], ids[before + (place + 1) % breadth]]
+        name = unique_id.rpartition(".")[2]
+        datasets[unique_id] = Dataset(
+            unique_id, name, "model", "staging", f"main.{name}", columns=columns, reads=tuple(sorted(read))
+        )
+        edges += [
+            Edge(ColumnId(one, column), ColumnId(unique_id, column), ("identity",)) for one in read for column in names
+        ]
+    return Graph("p", datasets, edges)

@@ -115,7 +115,7 @@ def test_a_row_leads_back_to_its_records(
     with pytest.raises(ConfigurationError, match="3 values, not 1"):
         trace("rpt_finance__daily_revenue", "2025-03-07")
 
-    # What is odd before a moment comes first: here the one load that set records aside, and code that changed.
+    # What is odd before a moment comes first: a load that set all aside, a build that failed, code that changed.
     now = log.connection.cursor()
     now.execute("select now()")
     (moment,) = now.fetchone() or (datetime.now(UTC),)
@@ -130,8 +130,9 @@ def test_a_row_leads_back_to_its_records(
     )
     where = find_column(graph, "fct_transactions.amount_minor")
     findings = find_incident(connection, graph, where, moment + timedelta(minutes=1))
-    assert [one.kind for one in findings[:2]] == ["run", "code"]
-    assert "a test failed" in findings[0].what
+    assert [one.kind for one in findings[:3]] == ["load", "run", "code"]
+    assert findings[0].what.startswith("2 of 2 records set aside (100.0%")
+    assert "a test failed" in findings[1].what
     assert {one.kind for one in findings} == {"run", "code", "load"}
     assert not any("raw_users" in one.subject for one in findings)
 

@@ -16,7 +16,7 @@ import pytest
 
 from orchestration.lineage.graph import Graph
 from orchestration.lineage.page import write_page
-from tests.harness.lineage import graph_of, manifest_of, many_models
+from tests.harness.lineage import graph_of, manifest_of, wide_graph
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
@@ -192,7 +192,7 @@ def test_what_is_chosen_is_seen(graph: Graph, tmp_path: Path) -> None:
 
 def test_500_models_are_usable(tmp_path: Path) -> None:
     """All of it is there and answers: a search, a choice and a whole way through ten layers."""
-    graph = graph_of(many_models(500, 20))
+    graph = wide_graph(500, 20)
     seen = drive(
         graph,
         tmp_path,
