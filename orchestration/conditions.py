@@ -170,8 +170,9 @@ class _Last:
 
 
 # Each (step, feed) by a walk from one to the next in the index, and its last outcome: the history may be long. A step
-# that failed counts once its run has ended, because until then it may be tried again. An interrupt by hand says
-# nothing, and a killed run is told as one that shows no life.
+# that failed counts once its run has ended, because until then it may be tried again; but one that failed for an outage
+# has used up its own tries, and counts until a later try succeeds. An interrupt by hand says nothing, and a killed run
+# is told as one that shows no life.
 _LAST_STEPS = """
 with recursive units as (
     (select step, feed from ops.run_steps order by step, feed limit 1)
@@ -189,13 +190,17 @@ from units as u cross join lateral (
     from ops.run_steps as s inner join ops.runs as r on s.run_id = r.run_id
     where
         s.step = u.step and s.feed = u.feed
-        and (s.outcome = 'success' or (s.outcome = 'failed' and r.outcome <> 'running'))
+        and (
+            s.outcome = 'success' or (s.outcome = 'failed' and r.outcome <> 'running')
+            -- Of a step that is being tried again, the error is that of the try before.
+            or (r.outcome = 'running' and s.error_class = 'transient')
+        )
         and not coalesce(s.error_class = 'killed' or (s.error_class = 'interrupted' and r.trigger = 'manual'), false)
         and r.command <> all(%s)
     order by s.finished_at desc limit 1
 ) as l
 where
-    l.outcome = 'failed'
+    l.outcome <> 'success'
     and not exists (
         select from ops.run_nodes as n where n.run_id = l.run_id and n.status in ('fail', 'error', 'runtime error')
     )
