@@ -91,14 +91,15 @@ def forecast_days(settings: Settings, feeds: Sequence[str], coming: Sequence[Com
         TransientError: Postgres went away.
     """
     coming = [one for one in coming if one.rows]
-    models = find_models(settings, feeds)
+    project = _run_dbt(settings, ["parse"]).result
+    models = find_models(settings, feeds, project)
     days: dict[str, set[Day]] = {}
     rows: dict[str, int] = {}
     if dated := _with_parents(models, {model.unique_id for model in models if model.day_column and model.relation}):
         connection = connect(settings, purpose="forecast")
         try:
             _require_built(connection, dated)
-            dated = compile_models(settings, dated, restored=any(one.restored for one in coming))
+            dated = compile_models(settings, dated, project, restored=any(one.restored for one in coming))
             connection.set_session(isolation_level="REPEATABLE READ")
             with connection.cursor() as cursor:
                 scratch = _Scratch(cursor)
@@ -151,20 +152,26 @@ def _named(error: psycopg2.Error) -> WarehouseError:
 # --- what dbt would run -----------------------------------------------------------------------------------------------
 
 
-def find_models(settings: Settings, feeds: Sequence[str]) -> list[Model]:
-    """The models downstream of feeds, parents before children, without their SQL."""
+def find_models(settings: Settings, feeds: Sequence[str], project: Any) -> list[Model]:
+    """The models downstream of feeds, parents before children, without their SQL.
+
+    Args:
+        project: as `transform.parse_project` returns it.
+    """
     keys = "unique_id name relation_name depends_on config"
     result = _run_dbt(
         settings,
         ["ls", *select_downstream(feeds), "--resource-type", "model", "--output", "json", "--output-keys", keys],
+        project,
     )
     return list(_sorted([_model_of(json.loads(line)) for line in result.result]))
 
 
-def compile_models(settings: Settings, models: Sequence[Model], *, restored: bool) -> list[Model]:
+def compile_models(settings: Settings, models: Sequence[Model], project: Any, *, restored: bool) -> list[Model]:
     """The models with the SQL a build would run now.
 
     Args:
+        project: as `transform.parse_project` returns it.
         restored: whether rows are coming that had landed before; see `macros/restored_loads.sql`.
 
     Raises:
@@ -173,7 +180,7 @@ def compile_models(settings: Settings, models: Sequence[Model], *, restored: boo
     arguments = ["compile", "--select", *(model.name for model in models), "--indirect-selection", "empty"]
     if restored:
         arguments += ["--vars", f"{{restored_loads: ['{COMING_LOADS[0]}']}}"]
-    result = _run_dbt(settings, arguments)
+    result = _run_dbt(settings, arguments, project)
     for failure in transform.summarise(result).failures:
         name = failure.node.rpartition(".")[2]
         raise DataError(f"{name} does not compile: {failure.message[:300]}", hint="`dbt compile` says more.")
@@ -181,9 +188,10 @@ def compile_models(settings: Settings, models: Sequence[Model], *, restored: boo
     return [replace(model, query=compiled[model.unique_id]) for model in models]
 
 
-def _run_dbt(settings: Settings, arguments: Sequence[str]) -> Any:
+def _run_dbt(settings: Settings, arguments: Sequence[str], project: Any = None) -> Any:
     # In a folder of its own: target/ is what `dbt retry` goes by.
-    return transform.run_dbt(settings, [*arguments, "--target-path", str(settings.home / "dbt" / "forecast")])
+    folder = ["--target-path", str(settings.home / "dbt" / "forecast")]
+    return transform.run_dbt(settings, [*arguments, *folder], project=project)
 
 
 def _model_of(node: Mapping[str, Any]) -> Model:

@@ -130,7 +130,10 @@ class Warehouse:
 
     def dbt(self, *arguments: str, schema: str = "analytics") -> None:
         """A plain dbt command, which has to succeed."""
-        report = transform.summarise(transform.run_dbt(self.settings.with_env(WAREHOUSE_SCHEMA=schema), arguments))
+        # A folder each: dbt parses everything anew where what it parsed before was of another schema.
+        folder = [] if schema == "analytics" else ["--target-path", f"target-{schema}"]
+        settings = self.settings.with_env(WAREHOUSE_SCHEMA=schema)
+        report = transform.summarise(transform.run_dbt(settings, [*arguments, *folder]))
         assert not report.failures, report.failures
 
     def forecast(self, name: str, window: TimeWindow | OffsetWindow | None = None) -> list[ModelDays]:
