@@ -219,10 +219,26 @@ def invoke(arguments: Sequence[str], project: Any = None) -> Any:
     return _invoke(arguments, project=project)
 
 
-def _invoke(arguments: Sequence[str], on_node: OnNode | None = None, project: Any = None, *, dsn: str = "") -> Any:
-    # Imported here: dbt takes seconds to import.
-    from dbt.cli.main import dbtRunner
+def load_runner() -> Any:
+    """dbt's `dbtRunner`, for one command.
 
+    Every command makes an adapter, which adds its flags to a list that lives as long as the process, and names the
+    origin of each flag on it by a walk over the stack and all modules: the hundredth command would take seconds longer
+    than the first. So the list is cut to what was on it once, and the walk, whose result only a warning shows, left out.
+    """
+    # Imported here: dbt takes seconds to import.
+    from dbt.adapters.base import impl
+    from dbt.cli.main import dbtRunner
+    from dbt_common.behavior_flags import BehaviorFlagRendered
+
+    flags: list[Any] = impl.DEFAULT_BASE_BEHAVIOR_FLAGS
+    flags[:] = {flag["name"]: flag for flag in flags}.values()
+    BehaviorFlagRendered._default_source = staticmethod(lambda: "dbt.adapters")  # type: ignore[method-assign]
+    return dbtRunner
+
+
+def _invoke(arguments: Sequence[str], on_node: OnNode | None = None, project: Any = None, *, dsn: str = "") -> Any:
+    runner = load_runner()
     finished = 0
     total: int | None = None
 
@@ -238,7 +254,7 @@ def _invoke(arguments: Sequence[str], on_node: OnNode | None = None, project: An
         elif event.info.name == "ConcurrencyLine":
             total = info.node_count
 
-    result = dbtRunner(manifest=project, callbacks=[on_event]).invoke([*arguments, "--quiet"])
+    result = runner(manifest=project, callbacks=[on_event]).invoke([*arguments, "--quiet"])
     if result.exception is not None:
         if not isinstance(result.exception, Exception):
             # dbt hands on an interrupt as if it were a result.

@@ -22,6 +22,8 @@ import psycopg2.extensions
 import pytest
 from psycopg2.extras import execute_values
 
+from orchestration.transform import load_runner
+
 PROJECT = Path(__file__).parents[2]
 PARSED = "partial_parse.msgpack"
 TRANSACTIONS = ("raw_payments", "transaction_created")
@@ -224,8 +226,6 @@ class Dbt:
 
     def __call__(self, *args: str, schema: str = "analytics") -> tuple[bool, list[Any]]:
         """Whether the command succeeded, and its results; `schema` prefixes all schemas (the default does not)."""
-        from dbt.cli.main import dbtRunner
-
         for name, value in (self.address | {"WAREHOUSE_SCHEMA": schema}).items():
             self.monkeypatch.setenv(name, value)
         target = self.scratch / schema
@@ -236,13 +236,13 @@ class Dbt:
         folders = ["--target-path", str(target), "--log-path", str(self.scratch / "logs")]
         options = [*folders, "--quiet", "--no-use-colors", "--no-version-check"]
         if schema not in self.projects:
-            outcome = dbtRunner().invoke(["parse", *options])
+            outcome = load_runner()().invoke(["parse", *options])
             if outcome.exception is not None:
                 raise outcome.exception
             self.projects[schema] = outcome.result
             (self.parsed / schema).mkdir(exist_ok=True)
             shutil.copy(target / PARSED, self.parsed / schema)
-        outcome = dbtRunner(manifest=self.projects[schema]).invoke([*args, *options])
+        outcome = load_runner()(manifest=self.projects[schema]).invoke([*args, *options])
         if outcome.exception is not None:
             raise outcome.exception
         return outcome.success, list(getattr(outcome.result, "results", []))

@@ -318,6 +318,24 @@ def test_an_interrupt_inside_dbt_is_no_result(project: Settings, monkeypatch: py
         transform.run_build(project.with_env(WAREHOUSE_DSN="postgresql://u:p@127.0.0.1:1/w"))
 
 
+def test_commands_of_one_process_do_not_slow_each_other(project: Settings, tmp_path: Path) -> None:
+    """Without a runner of ours the list grows by what each adapter adds; the twin shows that it still would."""
+    from dbt.adapters.base import impl
+
+    transform.parse(project, tmp_path / "first")
+    flags = len(impl.DEFAULT_BASE_BEHAVIOR_FLAGS)
+    transform.parse(project, tmp_path / "second")
+    assert len(impl.DEFAULT_BASE_BEHAVIOR_FLAGS) == flags
+    with pytest.MonkeyPatch.context() as patch:
+        runner = transform.load_runner()
+        patch.setattr(transform, "load_runner", lambda: runner)
+        transform.parse(project, tmp_path / "third")
+        transform.parse(project, tmp_path / "fourth")
+    assert len(impl.DEFAULT_BASE_BEHAVIOR_FLAGS) > flags
+    transform.load_runner()
+    assert len(impl.DEFAULT_BASE_BEHAVIOR_FLAGS) < flags + 1
+
+
 @pytest.fixture
 def project(clean_settings: Settings, tmp_path: Path) -> Settings:
     """A small dbt project of the test's own."""

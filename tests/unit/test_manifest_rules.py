@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from orchestration.ages import Lineage
+from orchestration.transform import load_runner
 
 PROJECT = Path(__file__).parents[2]
 PACKAGE = "payments_warehouse"
@@ -43,8 +44,6 @@ class Parsed:
 
 def parse(project: Path, scratch: Path) -> Parsed:
     """`dbt parse` in this process, with nothing kept from an earlier one."""
-    from dbt.cli.main import dbtRunner
-
     deprecated: list[str] = []
 
     def collect(event: Any) -> None:
@@ -54,7 +53,7 @@ def parse(project: Path, scratch: Path) -> Parsed:
     shutil.copy(PROJECT / "profiles.yml.example", scratch / "profiles.yml")
     folders = {"project-dir": project, "profiles-dir": scratch, "target-path": scratch, "log-path": scratch / "logs"}
     flags = ["quiet", "no-version-check", "no-partial-parse", "show-all-deprecations"]
-    outcome = dbtRunner(callbacks=[collect]).invoke(
+    outcome = load_runner()(callbacks=[collect]).invoke(
         ["parse", *(f"--{flag}" for flag in flags), *(f"--{name}={folder}" for name, folder in folders.items())]
     )
     assert outcome.success, outcome.exception
