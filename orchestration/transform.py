@@ -224,7 +224,7 @@ def load_runner() -> Any:
 
     Every command makes an adapter, which adds its flags to a list that lives as long as the process, and names the
     origin of each flag on it by a walk over the stack and all modules: the hundredth command would take seconds longer
-    than the first. So the list is cut to what was on it once, and the walk, whose result only a warning shows, left out.
+    than the first. So the list is cut to one of each, and the walk, whose result only a warning shows, left out.
     """
     # Imported here: dbt takes seconds to import.
     from dbt.adapters.base import impl
