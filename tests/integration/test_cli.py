@@ -205,6 +205,7 @@ def test_sources_that_are_down(project: Path, served: dict[str, str], free_port:
     checks = {one["name"].split("_")[0]: one for one in json.loads(results["doctor"].stdout)}
     assert {name: one["ok"] for name, one in checks.items()} == {
         **dict.fromkeys(("python", "project", "disk", "declarations", "postgres", "dbt profile"), True),
+        **dict.fromkeys(("alerts", "alerts heartbeat"), True),
         **dict.fromkeys(("topic payments", "topic user", "api raw"), False),
     }
     assert all(one["hint"] for one in checks.values() if not one["ok"])
