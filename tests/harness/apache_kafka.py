@@ -265,7 +265,7 @@ class ApacheKafka:
                 if attempt == PORT_TRIES or "Address already in use" not in self.log_tail(400):
                     raise
 
-    def stop(self, timeout_s: float = 30.0) -> None:
+    def stop(self, timeout_s: float = 8.0) -> None:
         """End the server in order (SIGTERM), after `timeout_s` by force; data and ports stay for the next start()."""
         self._end(signal.SIGTERM, timeout_s)
 
